@@ -1,0 +1,50 @@
+"""Measure a trained network: loss, accuracy, accuracy of each class, and which classes it takes for which.
+
+    python examples/evaluate.py runs/my-run/best.safetensors --data sample
+
+The checkpoint is a safetensors file of minires, or one that PyTorch wrote from the same network.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from minires import cifar10
+from minires.backend import GPUError, choose_device
+from minires.checkpoint import CheckpointError, load_model
+from minires.evaluate import confusion_matrix, predict_logits
+from minires.loss import SoftmaxCrossEntropy
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure a trained network on CIFAR-10.")
+    parser.add_argument("checkpoint", type=pathlib.Path, help="a safetensors file")
+    parser.add_argument("--data", metavar="sample|DIR", help="default: $MINIRES_DATA or ~/.cache/minires")
+    parser.add_argument("--part", choices=["test", "train"], default="test", help="which images, default test")
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    args = parser.parse_args()
+
+    device = choose_device(args.device)
+    model, metadata = load_model(args.checkpoint)
+    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data or cifar10.default_directory())
+    images, labels = (data.test_images, data.test_labels) if args.part == "test" else data[:2]
+
+    mean, std = metadata.get("mean", cifar10.MEAN), metadata.get("std", cifar10.STD)
+    logits = predict_logits(model.to(device), images, mean, std)
+    loss = float(SoftmaxCrossEntropy().forward(logits, labels))
+    matrix = confusion_matrix(labels, logits.argmax(axis=1), len(cifar10.CLASSES))
+
+    print(f"{len(images):,} images, loss {loss:.4f}, accuracy {matrix.trace() / matrix.sum():.2%}\n")
+    print(f"{'':12} accuracy   taken for " + " ".join(f"{name[:5]:>5}" for name in cifar10.CLASSES))
+    for k, name in enumerate(cifar10.CLASSES):
+        accuracy = matrix[k, k] / matrix[k].sum()
+        print(f"{name:12} {accuracy:8.2%}   {'':9} " + " ".join(f"{count:5}" for count in matrix[k]))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (GPUError, cifar10.DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

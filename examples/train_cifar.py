@@ -1,0 +1,308 @@
+"""Train the residual network on CIFAR-10.
+
+    python examples/train_cifar.py --data sample --epochs 10 --batch-size 50     the built-in sample, a first look
+    python examples/train_cifar.py --data DIR                                    the whole data set, on CPU or GPU
+
+The defaults are the recipe of the report "Residual Network Design": Adam at 0.001, batches of 128, 20 epochs, four
+fifths of the training images to train on and one fifth to validate, random crop and flip, dropout before the last
+layer, the weights with the lowest validation loss kept. The test images are looked at once, at the end.
+
+The run folder holds config.json, log.csv (a row per epoch), best.safetensors (the weights; PyTorch reads them too),
+result.json, and with matplotlib curves.png and images.png. Ctrl-C ends the run after the step at hand, and keeps what
+has been learned in last.safetensors.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+import minires
+from minires import cifar10
+from minires.augment import normalize, random_crop, random_flip
+from minires.backend import GPUError, array_module, choose_device, to_device
+from minires.checkpoint import load_model, save_weights
+from minires.evaluate import evaluate
+
+SCHEDULES = {"constant": minires.constant, "cosine": minires.cosine, "one-cycle": minires.one_cycle}
+SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
+STEPS_BETWEEN_READINGS = 10  # reading the loss waits for the GPU
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train the residual network on CIFAR-10.")
+    add = parser.add_argument
+    add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto, the default: a GPU where there is one")
+    add("--data", metavar="sample|DIR", help="the built-in sample or a folder; default $MINIRES_DATA, ~/.cache/minires")
+    add("--epochs", type=at_least(1), default=20, metavar="N", help="default 20")
+    add("--batch-size", type=at_least(2), default=128, metavar="N", help="default 128")
+    add("--lr", type=positive, default=1e-3, metavar="RATE", help="learning rate, default 0.001")
+    add("--schedule", choices=list(SCHEDULES), default="constant", help="of the learning rate, default constant")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, split, order, augmentation and dropout")
+    add("--out", type=pathlib.Path, metavar="DIR", help="the run folder (default: runs/ and the time)")
+    add("--limit-batches", type=at_least(1), metavar="N", help="use only the first N batches of every pass, for a try")
+    add("--blocks", type=at_least(1), nargs=4, default=[2, 1, 1, 1], metavar="N", help="of each stage, default 2 1 1 1")
+    add("--no-shortcut", action="store_true", help="the plain network, without the sums")
+    add("--dropout", type=probability, default=0.5, metavar="P", help="before the last layer, default 0.5")
+    add("--no-augment", action="store_true", help="no random crop and flip")
+    return parser.parse_args()
+
+
+def at_least(least):
+    def whole_number(text):
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text}")
+        return int(text)
+
+    return whole_number
+
+
+def positive(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def probability(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text}")
+    return value
+
+
+def main():
+    args = parse_arguments()
+
+    # Where the run happens, and where it is written down
+    device = choose_device(args.device)
+    out = args.out or pathlib.Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"--out {out} exists and is not an empty folder: name another, nothing is overwritten")
+
+    # Data: one split, images as bytes on the device
+    data = load_data(args.data)
+    train_index, validation_index = cifar10.split(len(data.train_images), seed=args.seed)
+    train_images = to_device(data.train_images[train_index], device)
+    train_labels = to_device(data.train_labels[train_index], device)
+    validation = data.train_images[validation_index], data.train_labels[validation_index]
+    test = data.test_images, data.test_labels
+    if args.limit_batches:
+        limit = args.limit_batches * args.batch_size
+        validation, test = ([part[:limit] for part in pair] for pair in (validation, test))
+    batches_per_epoch = min(math.ceil(len(train_images) / args.batch_size), args.limit_batches or math.inf)
+    total_steps = args.epochs * batches_per_epoch
+
+    # Model, loss, optimizer
+    model = minires.ResNet(args.blocks, dropout=args.dropout, shortcut=not args.no_shortcut, seed=args.seed).to(device)
+    loss_function = minires.SoftmaxCrossEntropy()
+    optimizer = minires.Adam(model.parameters(), lr=args.lr)
+    schedule = SCHEDULES[args.schedule]
+
+    out.mkdir(parents=True, exist_ok=True)
+    config = {**vars(args), "out": str(out), "device": device, "parameters": model.num_parameters()} | versions()
+    write_json(out / "config.json", config)
+    print(
+        f"{model.num_parameters():,} parameters, {len(train_images):,} training, {len(validation[0]):,} validation and "
+        f"{len(test[0]):,} test images, device {device}, run folder {out}",
+        flush=True,
+    )
+    titles = [cifar10.CLASSES[label] for label in data.train_labels[:50]]
+    draw("plot_images", data.train_images[:50], titles, out / "images.png")
+
+    # The loop
+    interrupted = interrupts()
+    xp = array_module(train_images)
+    history, best_loss, step, started = [], math.inf, 0, time.monotonic()
+    for epoch in range(1, args.epochs + 1):
+        epoch_started = time.monotonic()
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(train_images))
+        loss_sum, correct, seen = xp.zeros((), xp.float32), xp.zeros((), xp.int64), 0
+        progress = Progress(f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch, args.batch_size)
+        for batch in range(batches_per_epoch):
+            index = to_device(order[batch * args.batch_size : (batch + 1) * args.batch_size], device)
+            images, labels = train_images[index], train_labels[index]
+            if not args.no_augment:
+                images = random_flip(random_crop(images, args.seed, step), args.seed, step)
+
+            optimizer.lr = schedule(step, total_steps, args.lr)
+            optimizer.zero_grad()
+            logits = model(normalize(images, cifar10.MEAN, cifar10.STD))
+            loss = loss_function(logits, labels)
+            model.backward(loss_function.backward(), need_dx=False)
+            optimizer.step()
+
+            step += 1
+            seen += len(index)
+            loss_sum += loss * len(index)
+            correct += (logits.argmax(axis=1) == labels).sum()
+            last = batch + 1 == batches_per_epoch or bool(interrupted)
+            if last or batch % STEPS_BETWEEN_READINGS == 0:
+                train_loss, train_accuracy = float(loss_sum) / seen, float(correct) / seen
+                if not math.isfinite(train_loss):
+                    raise FloatingPointError(
+                        f"the loss is {train_loss} in epoch {epoch}, step {step}: try a smaller --lr than {args.lr}"
+                    )
+            progress.update(len(index), train_loss, train_accuracy, last)
+            if interrupted:
+                break
+        progress.close()
+        if interrupted:
+            break
+
+        validation_loss, validation_accuracy = evaluate(model, *validation, cifar10.MEAN, cifar10.STD)
+        row = {
+            "epoch": epoch,
+            "lr": optimizer.lr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "validation_loss": validation_loss,
+            "validation_accuracy": validation_accuracy,
+            "seconds": round(time.monotonic() - epoch_started, 1),
+        }
+        history.append(row)
+        write_log(out / "log.csv", history)
+        print_row(row, header=epoch == 1)
+        if validation_loss < best_loss:
+            best_loss = validation_loss
+            save_weights(out / "best.safetensors", model, row | {"mean": cifar10.MEAN, "std": cifar10.STD})
+
+    # What was learned
+    if history:
+        draw("plot_curves", history, out / "curves.png")
+    if interrupted:
+        save_weights(out / "last.safetensors", model, {"mean": cifar10.MEAN, "std": cifar10.STD, "step": step})
+        print(f"\ninterrupted in epoch {epoch}, after step {step}; the weights are in {out / 'last.safetensors'}")
+        return 130
+    best, best_row = load_model(out / "best.safetensors")
+    test_loss, test_accuracy = evaluate(best.to(device), *test, cifar10.MEAN, cifar10.STD)
+    result = {
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "test_images": len(test[0]),
+        "best_epoch": best_row["epoch"],
+        "validation_loss": best_row["validation_loss"],
+        "validation_accuracy": best_row["validation_accuracy"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(out / "result.json", result)
+    print(
+        f"test loss {test_loss:.4f}, test accuracy {test_accuracy:.2%} on {len(test[0]):,} images, "
+        f"with the weights of epoch {best_row['epoch']}; {result['seconds']:.0f} s"
+    )
+    return 0
+
+
+def load_data(data):
+    if data == "sample":
+        return cifar10.load_sample()
+    directory = pathlib.Path(data or cifar10.default_directory())
+    if not data and not any(directory.glob("**/test_batch.bin")):
+        raise cifar10.DataError(
+            f"no data in {directory}. Three ways out: unpack cifar-10-binary.tar.gz from "
+            "https://www.cs.toronto.edu/~kriz/cifar.html there, name the folder that has it by --data DIR (or "
+            "MINIRES_DATA), or try the built-in sample by --data sample"
+        )
+    return cifar10.load(directory)
+
+
+def interrupts():
+    """Return a list that gets an entry on Ctrl-C, for the loop to end at a good place; a second one ends at once."""
+    pressed = []
+
+    def on_ctrl_c(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    return pressed
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, title, batches, batch_size):
+        self.title, self.batches, self.batch, self.images = title, batches, 0, 0
+        self.started = self.last_line = time.monotonic()
+        self.bar = tqdm(total=batches, desc=title, unit="batch", leave=False, disable=None, dynamic_ncols=True)
+
+    def update(self, images, loss, accuracy, last):
+        self.batch += 1
+        self.images += images
+        now = time.monotonic()
+        text = f"loss {loss:.4f}, accuracy {accuracy:.2%}, {self.images / (now - self.started):.0f} images/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and not last and now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            print(f"{self.title}, batch {self.batch}/{self.batches}: {text}", flush=True)
+
+    def close(self):
+        self.bar.close()
+
+
+def print_row(row, header):
+    if header:
+        print("epoch        lr | train loss  accuracy | valid loss  accuracy |  seconds")
+    print(
+        f"{row['epoch']:5} {row['lr']:9.2e} | {row['train_loss']:10.4f} {row['train_accuracy']:9.2%} | "
+        f"{row['validation_loss']:10.4f} {row['validation_accuracy']:9.2%} | {row['seconds']:8.1f}",
+        flush=True,
+    )
+
+
+def write_log(path, history):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def versions():
+    return {
+        "minires": minires.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def draw(plot, *args):
+    """Draw a picture of minires.plots, where matplotlib is installed."""
+    try:
+        import minires.plots
+
+        getattr(minires.plots, plot)(*args)
+    except ModuleNotFoundError:
+        pass
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (GPUError, cifar10.DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

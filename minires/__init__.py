@@ -1,0 +1,40 @@
+"""minires: a residual network trained in plain NumPy and CuPy, every backward pass written by hand.
+
+The names below are in reading order: each file uses only files that come before it.
+"""
+
+from minires import backend, rng, kernels  # noqa: I001  (reading order, not the alphabet's)
+from minires.module import Buffer, Module, Parameter, Sequential
+from minires.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU
+from minires.loss import SoftmaxCrossEntropy
+from minires.optim import SGD, Adam, constant, cosine, one_cycle
+from minires.resnet import BasicBlock, ResNet
+from minires.summary import summary
+from minires.gradcheck import check_gradients
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: RUF022
+    "backend",
+    "rng",
+    "kernels",
+    "Parameter",
+    "Buffer",
+    "Module",
+    "Sequential",
+    "ReLU",
+    "Dropout",
+    "Linear",
+    "GlobalAvgPool2d",
+    "BatchNorm2d",
+    "Conv2d",
+    "SoftmaxCrossEntropy",
+    "SGD",
+    "Adam",
+    "constant",
+    "cosine",
+    "one_cycle",
+    "BasicBlock",
+    "ResNet",
+    "summary",
+    "check_gradients",
+]

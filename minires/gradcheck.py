@@ -1,0 +1,100 @@
+"""Is a hand-written backward right? Compare it with what the forward does when its inputs move a little.
+
+    from minires.gradcheck import check_gradients
+
+    class Square(Module):
+        def forward(self, x):
+            self._keep(x)
+            return x * x
+
+        def backward(self, dout):
+            (x,) = self._take_cache()
+            return 2 * x * dout
+
+    check_gradients(Square(), np.random.default_rng(0).standard_normal((4, 5)))
+    # {'x': 1.1e-10}
+
+Forget the 2 and it raises: "Square: the gradient of x is wrong: along a random direction the backward says 0.83, the
+forward does 1.66 (relative error 1.0, tolerance 1e-06)".
+
+Source      the directional derivative as a check: Maclaurin, Duvenaud and others, HIPS autograd, check_vjp
+"""
+
+import copy
+import math
+
+import numpy as np
+
+from minires.module import Module
+
+
+def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), seed=0):
+    """Check the backward of a layer, a network or a loss against central differences, in float64.
+
+    For the input and for each parameter in turn, a random direction v is drawn. The backward's claim is <gradient, v>;
+    what the forward does is (L(+h) - L(-h)) / (2 h) along v, where L = <dout, forward(x)> with a random dout. Not dout
+    = 1: a sum hides errors, and the true gradient of BatchNorm is then 0. A random direction costs two forwards for a
+    whole array, and a wrong element shows in it unless chance cancels it.
+
+    A step h must be small where a ReLU is about to switch, and not so small that rounding shows. So several are tried,
+    and the first that is within the tolerance counts: a wrong gradient is wrong at every h.
+
+    The layer itself is left alone: copies in float64 do the work. Random layers draw the same numbers in each copy.
+
+    Args        layer: what has forward and backward; x: its input, of any real dtype; args: further inputs of forward,
+                passed on as they are; steps: the values of h, in units of the root mean square of the array that is
+                moved; seed: for dout and the directions
+    Returns     {"x": relative error, name of the parameter: relative error, ...}; an error is |claim - truth| over the
+                larger of the two, or over |gradient|, the size to expect, where chance makes both small
+    Raises      AssertionError that names the wrong gradients; also if forward writes to x, or backward to dout
+    """
+    title = type(layer).__name__
+    layer = copy.deepcopy(layer)
+    if isinstance(layer, Module):
+        layer.train().to(dtype=np.float64)
+    x = np.array(x, dtype=np.float64)
+    rng = np.random.default_rng([seed, *b"check_gradients"])  # or an x drawn from the same seed would be its own dout
+
+    worker = copy.deepcopy(layer)
+    x_before = x.copy()
+    out = worker.forward(x, *args)
+    dout = rng.standard_normal(np.shape(out))
+    dout_before = np.copy(dout)
+    gradients = {"x": worker.backward(dout)}
+    assert np.array_equal(x, x_before), f"{title}: forward or backward changed x, which belongs to the caller"
+    assert np.array_equal(dout, dout_before), f"{title}: backward changed dout, which belongs to the caller"
+    assert gradients["x"].shape == x.shape, f"{title}: dx has shape {gradients['x'].shape}, x has {x.shape}"
+    if isinstance(layer, Module):
+        gradients |= {name: parameter.grad for name, parameter in worker.named_parameters()}
+
+    errors, complaints = {}, []
+    for name, gradient in gradients.items():
+        array = x if name == "x" else dict(layer.named_parameters())[name].data
+        unit = np.sqrt(np.mean(array**2)) or 1.0
+        direction = unit * rng.standard_normal(array.shape)
+        claim = np.sum(gradient * direction)
+        errors[name] = math.inf
+        for h in steps:
+            ends = [loss_along(layer, x, args, dout, name, by * direction) for by in (h, -h)]
+            truth = (ends[0] - ends[1]) / (2 * h)
+            scale = max(abs(claim), abs(truth), unit * np.linalg.norm(gradient)) or 1.0
+            errors[name] = min(errors[name], float(abs(claim - truth) / scale))
+            if errors[name] <= tolerance:
+                break
+        else:
+            complaints.append(
+                f"the gradient of {name} is wrong: along a random direction the backward says {claim:.6g}, the forward "
+                f"does {truth:.6g} (relative error {errors[name]:.2g}, tolerance {tolerance:.2g})"
+            )
+    assert not complaints, f"{title}: " + "; ".join(complaints)
+    return errors
+
+
+def loss_along(layer, x, args, dout, name, change):
+    """Return <dout, forward(x)> with the change added to x, or to the parameter of that name."""
+    layer = copy.deepcopy(layer)
+    if name == "x":
+        x = x + change
+    else:
+        dict(layer.named_parameters())[name].data += change
+    return np.sum(dout * layer.forward(x, *args))

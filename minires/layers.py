@@ -1,0 +1,241 @@
+"""The layers, simplest first. Each keeps its parameters and what its backward needs; the arithmetic is in kernels/.
+
+Images are channels last, (N, H, W, C), and weights are stored as the products use them; the shapes of PyTorch appear in
+`state_dict` only. Every layer that draws random numbers takes `rng`, a NumPy Generator or a seed; without it the
+numbers differ from run to run.
+"""
+
+import math
+
+import numpy as np
+
+from minires.kernels import kernels_for
+from minires.module import Buffer, Module, Parameter
+
+
+class ReLU(Module):
+    """The rectifier: out = max(x, 0).
+
+    Cached      out, which the next layer keeps anyway
+    """
+
+    def forward(self, x):
+        out = kernels_for(x).relu_forward(x)
+        self._keep(out)
+        return out
+
+    def backward(self, dout):
+        (out,) = self._take_cache()
+        return kernels_for(dout).relu_backward(dout, out)
+
+
+class Dropout(Module):
+    """In training, set each element to 0 with probability p and scale the others by 1 / (1 - p).
+
+    The mask is a function of `key`, drawn once from rng, and of `step`, the number of training passes so far. To go on
+    with a run where it was left, set `step`.
+
+    Cached      the step, from which backward draws the mask again
+    Modes       in evaluation the identity
+    Args        p: the probability of 0, from 0 up to but not including 1
+    Raises      ValueError for another p
+    Source      Srivastava et al. 2014, in the inverted form of PyTorch, which leaves evaluation alone. PyTorch also
+                takes p = 1, which trains nothing
+    """
+
+    def __init__(self, p=0.5, *, rng=None):
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout: p must be at least 0 and below 1, got {p}")
+        self.p = p
+        self.key = int(np.random.default_rng(rng).integers(2**64, dtype=np.uint64))
+        self.step = 0
+
+    def forward(self, x):
+        self._keep(self.step)
+        if not self.training or self.p == 0:
+            return x
+        out = kernels_for(x).dropout_forward(x, self.p, self.key, self.step)
+        self.step += 1
+        return out
+
+    def backward(self, dout):
+        (step,) = self._take_cache()
+        return dout if self.p == 0 else kernels_for(dout).dropout_backward(dout, self.p, self.key, step)
+
+
+class Linear(Module):
+    """A fully connected layer: out = x @ weight + bias.
+
+    Shapes      x (N, in_features)  ->  out (N, out_features)
+    Cached      x: its own gradient needs only the weights, the weights' gradient needs x
+    Limits      two dimensions; flatten images first
+    Raises      ValueError for an x of another width or dtype
+    Source      PyTorch's Linear, its initialisation included: uniform within 1 / sqrt(in_features). Here weight is
+                stored (in, out), so that the forward pass is one product without a transpose
+    """
+
+    def __init__(self, in_features, out_features, bias=True, *, rng=None):
+        rng = np.random.default_rng(rng)
+        self.in_features, self.out_features = in_features, out_features
+        bound = 1 / math.sqrt(in_features)
+        weight = rng.uniform(-bound, bound, (in_features, out_features)).astype(np.float32)
+        self.weight = Parameter(weight, torch_axes=(1, 0))
+        self.bias = Parameter(rng.uniform(-bound, bound, out_features).astype(np.float32)) if bias else None
+
+    def forward(self, x):
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"Linear expects (N, {self.in_features}), got {x.shape}")
+        _check_dtype(self, x)
+        self._keep(x)
+        return kernels_for(x).linear_forward(x, self.weight.data, self.bias and self.bias.data)
+
+    def backward(self, dout):
+        (x,) = self._take_cache()
+        dx, dweight, dbias = kernels_for(dout).linear_backward(dout, x, self.weight.data)
+        self.weight.grad += dweight
+        if self.bias:
+            self.bias.grad += dbias
+        return dx
+
+
+class GlobalAvgPool2d(Module):
+    """Average each channel over all pixels.
+
+    Shapes      x (N, H, W, C)  ->  out (N, C)
+    Cached      the shape of x
+    Source      Lin, Chen and Yan 2014, "Network in network". PyTorch writes it AdaptiveAvgPool2d(1) and flattens
+    """
+
+    def forward(self, x):
+        if x.ndim != 4:
+            raise ValueError(f"GlobalAvgPool2d expects (N, H, W, C), got {x.shape}")
+        self._keep(x.shape)
+        return kernels_for(x).global_avg_pool2d_forward(x)
+
+    def backward(self, dout):
+        (x_shape,) = self._take_cache()
+        return kernels_for(dout).global_avg_pool2d_backward(dout, x_shape)
+
+
+class BatchNorm2d(Module):
+    """Give every channel mean 0 and variance 1, then a scale and a shift that are learned.
+
+    In a residual network a sum and a ReLU follow. Both can be handed to this layer, which lets a fast kernel do all
+    three in one pass over memory:
+        BatchNorm2d(C)(x)                          x_hat weight + bias
+        BatchNorm2d(C, relu=True)(x)               max(x_hat weight + bias, 0)
+        BatchNorm2d(C, relu=True)(x, residual)     max(x_hat weight + bias + residual, 0)
+
+    Backward    dx, or with a residual the pair (dx, dresidual)
+    Shapes      x and residual (N, H, W, C)  ->  out (N, H, W, C)
+    Cached      x, the batch's mean and variance; with relu also out, whose sign is the mask
+    Modes       training: statistics of the batch, which also move the running ones:
+                    running = (1 - momentum) running + momentum batch, with the unbiased variance
+                evaluation: the running statistics, and nothing is kept
+    Args        num_features: C; eps: added to the variance; momentum: the weight of the newest batch, from 0 to 1
+    Raises      ValueError for an x of another shape or dtype, for a residual that does not match, and in training for a
+                batch with a single value in each channel, which has no variance
+    Source      Ioffe and Szegedy 2015; biased and unbiased variance, eps and momentum as in PyTorch
+    """
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1, *, relu=False):
+        self.num_features, self.eps, self.momentum, self.relu = num_features, eps, momentum, relu
+        self.weight = Parameter(np.ones(num_features, np.float32))
+        self.bias = Parameter(np.zeros(num_features, np.float32))
+        self.running_mean = Buffer(np.zeros(num_features, np.float32))
+        self.running_var = Buffer(np.ones(num_features, np.float32))
+
+    def forward(self, x, residual=None):
+        _check_images(self, x, self.num_features)
+        if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+            raise ValueError(
+                f"BatchNorm2d expects a residual like x, {x.shape} {x.dtype}, got {residual.shape} {residual.dtype}"
+            )
+        kernels = kernels_for(x)
+        if not self.training:
+            mean, var = self.running_mean.data, self.running_var.data
+            return kernels.batch_norm_inference(
+                x, self.weight.data, self.bias.data, mean, var, self.eps, residual, self.relu
+            )
+        M = x.size // self.num_features
+        if M < 2:
+            raise ValueError(f"BatchNorm2d needs more than one value in a channel to train, got x of shape {x.shape}")
+        out, mean, var = kernels.batch_norm_forward(x, self.weight.data, self.bias.data, self.eps, residual, self.relu)
+        for running, batch in ((self.running_mean, mean), (self.running_var, var * (M / (M - 1)))):
+            running.data = running.data * (1 - self.momentum) + batch * self.momentum
+        self._keep(x, out if self.relu else None, mean, var, residual is not None)
+        return out
+
+    def backward(self, dout):
+        x, out, mean, var, has_residual = self._take_cache()
+        dx, dweight, dbias, dresidual = kernels_for(dout).batch_norm_backward(
+            dout, x, out, self.weight.data, mean, var, self.eps, self.relu
+        )
+        self.weight.grad += dweight
+        self.bias.grad += dbias
+        return (dx, dresidual) if has_residual else dx
+
+
+class Conv2d(Module):
+    """A convolution (in the field's sense: a correlation) of images with learned windows.
+
+    Backward    backward(dout, need_dx=False) leaves out the gradient of x and returns None, for a first layer
+    Shapes      x (N, H, W, in_channels)  ->  out (N, oh, ow, out_channels),
+                oh = (H + 2 padding - kernel_size) // stride + 1, and ow likewise
+    Cached      x. Its columns, kernel_size^2 times as large, are made again in backward, a few images at a time:
+                kept for a batch of 128, those of the default network would take 1.6 GB
+    Limits      square windows, the same stride and padding both ways, no dilation, no groups
+    Args        kernel_size, stride: pixels, at least 1; padding: pixels of zeros on every side, at least 0
+    Raises      ValueError for sizes that are no such numbers, and for an x of another shape or dtype, or smaller than
+                the window
+    Source      LeCun et al. 1998; initialised after He et al. 2015, "Delving deep into rectifiers", eq. 10: normal with
+                variance 2 / (kernel_size^2 in_channels), which keeps the scale of activations through ReLUs; biases 0.
+                PyTorch's default has a sixth of that variance
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, rng=None):
+        for name, value, least in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Conv2d: {name} must be a whole number of at least {least}, got {value!r}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        deviation = math.sqrt(2 / (kernel_size**2 * in_channels))
+        weight = np.random.default_rng(rng).normal(0, deviation, shape).astype(np.float32)
+        self.weight = Parameter(weight, torch_axes=(3, 2, 0, 1))
+        self.bias = Parameter(np.zeros(out_channels, np.float32)) if bias else None
+
+    def forward(self, x):
+        _check_images(self, x, self.in_channels)
+        if min(x.shape[1:3]) + 2 * self.padding < self.kernel_size:
+            raise ValueError(
+                f"Conv2d: with padding {self.padding}, a window of {self.kernel_size} does not fit into {x.shape}"
+            )
+        self._keep(x)
+        return kernels_for(x).conv2d_forward(
+            x, self.weight.data, self.bias and self.bias.data, self.stride, self.padding
+        )
+
+    def backward(self, dout, need_dx=True):
+        (x,) = self._take_cache()
+        dx, dweight, dbias = kernels_for(dout).conv2d_backward(
+            dout, x, self.weight.data, self.stride, self.padding, need_dx
+        )
+        self.weight.grad += dweight
+        if self.bias:
+            self.bias.grad += dbias
+        return dx
+
+
+def _check_images(layer, x, channels):
+    if x.ndim != 4 or x.shape[3] != channels:
+        raise ValueError(f"{type(layer).__name__} expects images (N, H, W, {channels}), channels last, got {x.shape}")
+    _check_dtype(layer, x)
+
+
+def _check_dtype(layer, x):
+    if x.dtype != layer.weight.data.dtype:
+        raise ValueError(
+            f"{type(layer).__name__} has {layer.weight.data.dtype} parameters, got an input of {x.dtype}: convert the "
+            "input, or the module by to(dtype=...)"
+        )

@@ -1,0 +1,51 @@
+"""What training makes small: softmax and cross-entropy in one, because together they are simple and stable."""
+
+from minires.backend import array_module
+from minires.kernels import kernels_for
+
+
+class SoftmaxCrossEntropy:
+    """The mean over the batch of the cross-entropy between the labels and the softmax of the logits.
+
+    Backward    dlogits = (softmax(logits) - target) / N, times dloss, the factor that the loss itself is given
+    Shapes      logits (N, K), labels (N,) whole numbers from 0 to K - 1  ->  a number, on the device of logits;
+                float() of it waits for the device
+    Cached      the probabilities and the labels
+    Limits      on a GPU the range of the labels is not checked: looking at them would wait for the device
+    Args        label_smoothing: the share of the target that is spread evenly over all classes, 0 to 1
+    Raises      ValueError for labels that do not fit the logits; RuntimeError for backward without forward
+    Source      PyTorch's CrossEntropyLoss
+    """
+
+    def __init__(self, label_smoothing=0.0):
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"SoftmaxCrossEntropy: label_smoothing must be from 0 to 1, got {label_smoothing}")
+        self.label_smoothing = label_smoothing
+        self._cache = None
+
+    def forward(self, logits, labels):
+        if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+            raise ValueError(
+                f"SoftmaxCrossEntropy expects logits (N, K) and labels (N,), got {logits.shape} and {labels.shape}"
+            )
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"SoftmaxCrossEntropy expects labels that are whole numbers, got {labels.dtype}")
+        on_host = array_module(labels).__name__ == "numpy"
+        if on_host and labels.size and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+            raise ValueError(
+                f"SoftmaxCrossEntropy expects labels from 0 to {logits.shape[1] - 1}, "
+                f"got {labels.min()} to {labels.max()}"
+            )
+        loss, probabilities = kernels_for(logits).softmax_cross_entropy_forward(logits, labels, self.label_smoothing)
+        self._cache = probabilities, labels
+        return loss
+
+    def backward(self, dloss=1.0):
+        if self._cache is None:
+            raise RuntimeError("SoftmaxCrossEntropy.backward: call forward first")
+        (probabilities, labels), self._cache = self._cache, None
+        return kernels_for(probabilities).softmax_cross_entropy_backward(
+            dloss, probabilities, labels, self.label_smoothing
+        )
+
+    __call__ = forward

@@ -1,0 +1,193 @@
+"""The contract that every layer and every network keeps: forward, backward, parameters, and nothing behind the scenes.
+
+There is no autograd. A module computes its output in `forward`, keeps what it will need, and turns the gradient of its
+output into the gradient of its input in `backward`. A network is a module that calls the forwards of its parts in
+order, and their backwards in reverse.
+
+Source      PyTorch, for the names; the rules are stated in `Module`
+"""
+
+import numpy as np
+
+from minires.backend import array_module, to_device, to_numpy
+
+# PyTorch counts a BatchNorm's batches in its state; nothing is computed from the count, and both sides do without it.
+UNUSED_IN_PYTORCH_STATE = "num_batches_tracked"
+
+
+class Buffer:
+    """An array that belongs to a module's state but is not trained: running statistics.
+
+    Args        data: the array; torch_axes: the order of its axes that gives PyTorch's layout, None if it is the same
+    """
+
+    def __init__(self, data, torch_axes=None):
+        self.data = data
+        self.torch_axes = torch_axes or tuple(range(data.ndim))
+
+    def to(self, device=None, dtype=None):
+        self.data = move(self.data, device, dtype)
+
+
+class Parameter(Buffer):
+    """An array that is trained, and the gradient of the loss by it.
+
+    Every backward adds into grad; `optimizer.zero_grad()` sets it back to 0.
+    """
+
+    def __init__(self, data, torch_axes=None):
+        super().__init__(data, torch_axes)
+        self.grad = np.zeros_like(data)
+
+    def to(self, device=None, dtype=None):
+        super().to(device, dtype)
+        self.grad = move(self.grad, device, dtype)
+
+
+def move(x, device, dtype):
+    """Return x on the device and in the dtype; None leaves either as it is."""
+    x = x if device is None else to_device(x, device)
+    return x if dtype is None else x.astype(dtype)
+
+
+class Module:
+    """A layer, a block or a network. A subclass writes `forward` and `backward`; all else is here.
+
+    forward(x)      returns the output in the dtype of x and never writes to x. In training mode it puts what backward
+                    needs into self._cache; in evaluation mode it keeps nothing.
+    backward(dout)  takes the cache and drops it: one forward, one backward. It never writes to dout (in a residual
+                    block an array has two readers), adds the gradients of the parameters into their grad, and returns
+                    the gradient of the input.
+
+    Parameters, buffers and child modules are the attributes that are such, in the order in which they were set; lists
+    of modules count as well. Their names are dotted paths: layer1.0.conv1.weight.
+    """
+
+    training = True
+    _cache = None
+
+    def forward(self, x):
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def backward(self, dout):
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
+
+    def __call__(self, *inputs):
+        return self.forward(*inputs)
+
+    def _keep(self, *cache):
+        """Keep what backward needs, in training mode only."""
+        self._cache = cache if self.training else None
+
+    def _take_cache(self):
+        """Return what forward kept, and drop it."""
+        if self._cache is None:
+            raise RuntimeError(f"{type(self).__name__}.backward: call forward in training mode first")
+        cache, self._cache = self._cache, None
+        return cache
+
+    def named_children(self):
+        """Yield (name, module) for each direct part."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, list | tuple):
+                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Module))
+
+    def named_modules(self, prefix=""):
+        """Yield (dotted name, module) for this module and every part of it, each before its own parts."""
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def modules(self):
+        return [module for _, module in self.named_modules()]
+
+    def named_state(self):
+        """Yield (dotted name, Parameter or Buffer) in the order of PyTorch's state_dict."""
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Buffer):
+                    yield (f"{prefix}.{name}" if prefix else name), value
+
+    def named_parameters(self):
+        """Yield (dotted name, Parameter)."""
+        return ((name, value) for name, value in self.named_state() if isinstance(value, Parameter))
+
+    def parameters(self):
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def num_parameters(self):
+        """Return how many numbers are trained."""
+        return sum(parameter.data.size for parameter in self.parameters())
+
+    def train(self, mode=True):
+        """Switch to training mode, in which forward prepares for backward, and return the module."""
+        for module in self.modules():
+            module.training = mode
+            module._cache = None
+        return self
+
+    def eval(self):
+        """Switch to evaluation mode: running statistics, no dropout, nothing kept. Return the module."""
+        return self.train(False)
+
+    def to(self, device=None, dtype=None):
+        """Move every parameter and buffer, with its gradient, to "cpu" or "gpu" or into a dtype; return the module."""
+        for _, value in self.named_state():
+            value.to(device, dtype)
+        return self
+
+    def state_dict(self):
+        """Return copies of all parameters and buffers on the host, under PyTorch's names and in PyTorch's shapes."""
+        return {
+            name: np.array(to_numpy(value.data).transpose(value.torch_axes), order="C")
+            for name, value in self.named_state()
+        }
+
+    def load_state_dict(self, state):
+        """Take over the values of a state_dict, minires's or PyTorch's (as NumPy arrays or CPU tensors).
+
+        Nothing is changed unless everything fits. Values are converted to the dtype and moved to the device in use.
+
+        Raises      ValueError that lists every name that is missing, unexpected or of the wrong shape
+        """
+        state = {name: np.asarray(array) for name, array in state.items()}
+        own = dict(self.named_state())
+        errors = [f"missing {name}" for name in own if name not in state]
+        for name, array in state.items():
+            if name in own:
+                expected = tuple(own[name].data.shape[axis] for axis in own[name].torch_axes)
+                if array.shape != expected:
+                    errors.append(f"{name} has shape {array.shape}, expected {expected}")
+            elif not name.endswith(UNUSED_IN_PYTORCH_STATE):
+                errors.append(f"unexpected {name}")
+        if errors:
+            raise ValueError(f"the state does not fit this {type(self).__name__}: " + "; ".join(errors))
+        for name, value in own.items():
+            array = state[name].transpose(np.argsort(value.torch_axes)).astype(value.data.dtype, order="C")
+            value.data[...] = array_module(value.data).asarray(array)
+
+
+class Sequential(Module):
+    """Modules one after the other; without any, the identity. The parts are named by their place: 0, 1, ...
+
+    Args        layers: the modules, in order
+    """
+
+    def __init__(self, *layers):
+        for i, layer in enumerate(layers):
+            setattr(self, str(i), layer)
+
+    def layers(self):
+        return [layer for _, layer in self.named_children()]
+
+    def forward(self, x):
+        for layer in self.layers():
+            x = layer(x)
+        return x
+
+    def backward(self, dout):
+        for layer in reversed(self.layers()):
+            dout = layer.backward(dout)
+        return dout

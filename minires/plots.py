@@ -1,0 +1,43 @@
+"""Pictures of a run, drawn with matplotlib where it is installed: pip install "minires[plot]"."""
+
+import math
+
+
+def plot_curves(history, path):
+    """Draw loss and accuracy, training and validation, over the epochs.
+
+    Args        history: a list of dicts with epoch, train_loss, validation_loss, train_accuracy, validation_accuracy;
+                path: where the picture goes, in the format of its ending
+    """
+    figure_class = _figure_class()
+    figure = figure_class(figsize=(9, 3.5), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for part, color in (("train", "tab:blue"), ("validation", "tab:orange")):
+            label = {"train": "training"}.get(part, part)
+            axes.plot(epochs, [row[f"{part}_{quantity}"] for row in history], "o-", ms=3, color=color, label=label)
+        axes.set(xlabel="epoch", title=quantity)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_images(images, titles, path, columns=10):
+    """Draw a grid of images, each under its title.
+
+    Shapes      images (N, H, W, 3) uint8, titles N strings
+    """
+    rows = math.ceil(len(images) / columns)
+    figure = _figure_class()(figsize=(columns, 1.2 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, title in zip(figure.axes, images, titles, strict=False):
+        axes.imshow(image)
+        axes.set_title(title, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _figure_class():
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    return Figure
