@@ -1,0 +1,34 @@
+"""What the tests share: a seeded generator, the real data where it is at hand, and a device without a GPU."""
+
+import numpy as np
+import pytest
+import strict_array
+
+from minires import backend, cifar10
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(12345)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The whole of CIFAR-10."""
+    directory = cifar10.default_directory()
+    if not any(directory.glob("**/test_batch.bin")):
+        pytest.skip(f"CIFAR-10 is not in {directory}")
+    return cifar10.load(directory)
+
+
+@pytest.fixture
+def strict_gpu(monkeypatch):
+    """Let "gpu" mean arrays that refuse to mix with NumPy's, so that host arrays in device code are caught."""
+    monkeypatch.setattr(backend, "gpu_library", lambda: strict_array)
+    return strict_array
+
+
+def relative_error(actual, expected):
+    """The norm of the difference over the norm of what was expected."""
+    difference = np.linalg.norm(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))
+    return difference / max(np.linalg.norm(np.asarray(expected, np.float64)), 1e-300)

@@ -1,0 +1,77 @@
+"""The path of a GPU without a GPU: on arrays that refuse to mix with NumPy's, a host array that leaks in is caught."""
+
+import numpy as np
+import pytest
+import strict_array
+from strict_array import MixedArraysError, asarray, asnumpy
+
+from minires import SGD, Adam, ResNet, SoftmaxCrossEntropy
+from minires.augment import normalize, random_crop, random_flip
+from minires.backend import to_numpy
+from minires.cifar10 import MEAN, STD, load_sample
+from minires.evaluate import evaluate
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda host, device: device + host,
+        lambda host, device: host + device,
+        lambda host, device: device @ host,
+        lambda host, device: np.maximum(device, 0),
+        lambda host, device: np.asarray(device),
+        lambda host, device: strict_array.maximum(host, 0),
+        lambda host, device: strict_array.concatenate([device, host]),
+        lambda host, device: device[host > 0],
+        lambda host, device: device.__setitem__(0, host[0:1]),
+        lambda host, device: device.__iadd__(host),
+    ],
+)
+def test_the_stand_in_refuses_to_mix(mix):
+    with pytest.raises(MixedArraysError):
+        mix(np.ones(3), asarray(np.ones(3)))
+
+
+def steps(optimizer_class, device):
+    """Two training steps on the sample; returns the losses and the state, on the host."""
+    data = load_sample()
+    model = ResNet((1, 1), (8, 12), dropout=0.3).to(device)
+    loss_function, optimizer = SoftmaxCrossEntropy(0.1), optimizer_class(model.parameters())
+    losses = []
+    for step in range(2):
+        images, labels = data.train_images[:10], data.train_labels[:10]
+        if device == "gpu":
+            images, labels = asarray(images), asarray(labels)
+        x = normalize(random_flip(random_crop(images, 1, step), 1, step), MEAN, STD)
+        optimizer.zero_grad()
+        losses.append(loss_function(model(x), labels))
+        model.backward(loss_function.backward())
+        optimizer.step()
+    return [to_numpy(loss) for loss in losses], model.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", [Adam, lambda p: SGD(p, 0.1, 0.9, nesterov=True, weight_decay=1e-3)])
+def test_training_on_the_stand_in_gives_the_same_bits(strict_gpu, optimizer):
+    losses, state = steps(optimizer, "gpu")
+    expected_losses, expected = steps(optimizer, "cpu")
+    np.testing.assert_array_equal(losses, expected_losses)
+    for name, array in state.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_the_input_gradient_too(strict_gpu, rng):
+    x = rng.standard_normal((2, 8, 8, 3)).astype(np.float32)
+    dout = rng.standard_normal((2, 10)).astype(np.float32)
+    host, device = ResNet((1,), (4,)), ResNet((1,), (4,)).to("gpu")
+    host(x)
+    device(asarray(x))
+    np.testing.assert_array_equal(asnumpy(device.backward(asarray(dout))), host.backward(dout))
+
+
+def test_evaluation_and_loading(strict_gpu):
+    data, model = load_sample(), ResNet((1,), (4,))
+    arguments = (data.test_images[:20], data.test_labels[:20], MEAN, STD)
+    expected = evaluate(model, *arguments)
+    moved = ResNet((1,), (4,), seed=1).to("gpu")
+    moved.load_state_dict(model.state_dict())
+    assert evaluate(moved, *arguments) == expected

@@ -1,0 +1,107 @@
+"""The gradient check passes what is right and names what is wrong, the errors that people really make among them."""
+
+import numpy as np
+import pytest
+
+from minires import BatchNorm2d, Conv2d, Linear, Module, check_gradients
+
+
+class Square(Module):
+    def forward(self, x):
+        self._keep(x)
+        return x * x
+
+    def backward(self, dout):
+        (x,) = self._take_cache()
+        return 2 * x * dout
+
+
+def test_the_example_of_the_docstring_passes(rng):
+    errors = check_gradients(Square(), rng.standard_normal((4, 5)))
+    assert list(errors) == ["x"]
+    assert errors["x"] < 1e-6
+
+
+def test_a_factor_of_two_is_found(rng):
+    class Half(Square):
+        def backward(self, dout):
+            return super().backward(dout) / 2
+
+    with pytest.raises(AssertionError, match=r"Half: the gradient of x is wrong.*relative error 0\.5, tolerance 1e-06"):
+        check_gradients(Half(), rng.standard_normal((4, 5)))
+
+
+def test_one_wrong_element_among_many_is_found(rng):
+    class OneWrong(Square):
+        def backward(self, dout):
+            dx = super().backward(dout)
+            dx[3, 4] *= 1.01
+            return dx
+
+    with pytest.raises(AssertionError, match="the gradient of x is wrong"):
+        check_gradients(OneWrong(), rng.standard_normal((40, 50)))
+
+
+def test_a_batch_norm_that_forgets_the_statistics_is_found(rng):
+    class Forgetful(BatchNorm2d):
+        def backward(self, dout):
+            _, _, _, var, _ = self._cache
+            super().backward(dout)
+            return dout * self.weight.data / np.sqrt(var + self.eps)
+
+    with pytest.raises(AssertionError, match="the gradient of x is wrong"):
+        check_gradients(Forgetful(3), rng.standard_normal((4, 5, 5, 3)))
+
+
+def test_a_wrong_parameter_is_named(rng):
+    class NoBias(Linear):
+        def backward(self, dout):
+            dx = super().backward(dout)
+            self.bias.grad[:] = 0
+            return dx
+
+    with pytest.raises(AssertionError, match="NoBias: the gradient of bias is wrong") as error:
+        check_gradients(NoBias(4, 3), rng.standard_normal((5, 4)))
+    assert "of weight" not in str(error.value)
+
+
+def test_writing_into_x_or_dout_is_found(rng):
+    class WritesX(Square):
+        def forward(self, x):
+            out = super().forward(x.copy())
+            x *= 1.5
+            return out
+
+    class WritesDout(Square):
+        def backward(self, dout):
+            dx = super().backward(dout)
+            dout *= 0
+            return dx
+
+    with pytest.raises(AssertionError, match="WritesX: forward or backward changed x"):
+        check_gradients(WritesX(), rng.standard_normal(3))
+    with pytest.raises(AssertionError, match="WritesDout: backward changed dout"):
+        check_gradients(WritesDout(), rng.standard_normal(3))
+
+
+def test_a_gradient_of_the_wrong_shape_is_named(rng):
+    class Flat(Square):
+        def backward(self, dout):
+            return super().backward(dout).reshape(-1)
+
+    with pytest.raises(AssertionError, match=r"Flat: dx has shape \(6,\), x has \(2, 3\)"):
+        check_gradients(Flat(), rng.standard_normal((2, 3)))
+
+
+def test_the_layer_is_left_alone(rng):
+    layer = Conv2d(3, 4, 3, rng=rng).eval()
+    before = layer.state_dict()
+    check_gradients(layer, rng.standard_normal((2, 5, 5, 3)).astype(np.float32))
+    assert layer.weight.data.dtype == np.float32
+    assert (layer.weight.grad == 0).all()
+    assert not layer.training
+    np.testing.assert_array_equal(layer.state_dict()["weight"], before["weight"])
+
+
+def test_an_input_from_the_seed_of_the_check_is_not_its_own_dout():
+    check_gradients(BatchNorm2d(6), np.random.default_rng(0).standard_normal((4, 8, 8, 6)))

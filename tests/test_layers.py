@@ -1,0 +1,138 @@
+"""Each layer: gradients, modes, initial values and the messages for inputs that do not fit."""
+
+import numpy as np
+import pytest
+
+from minires import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU, check_gradients
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (1, 7, 7, 3), (1, 3, 3, 3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rng: ReLU(),
+        lambda rng: Dropout(0.2, rng=rng),
+        lambda rng: GlobalAvgPool2d(),
+        lambda rng: BatchNorm2d(3),
+        lambda rng: BatchNorm2d(3, relu=True),
+        lambda rng: Conv2d(3, 4, 3, padding=1, rng=rng),
+        lambda rng: Conv2d(3, 4, 3, stride=2, padding=1, bias=False, rng=rng),
+        lambda rng: Conv2d(3, 4, 1, stride=2, rng=rng),
+        lambda rng: Conv2d(3, 4, 3, stride=3, rng=rng),
+    ],
+)
+def test_gradients_agree_with_finite_differences(rng, make, shape):
+    layer = make(rng)
+    for parameter in layer.parameters():  # away from the initial zeros and ones
+        parameter.data += 0.3 * rng.standard_normal(parameter.data.shape).astype(np.float32)
+    check_gradients(layer, rng.standard_normal(shape))
+
+
+def test_linear_gradients_agree_with_finite_differences(rng):
+    check_gradients(Linear(5, 3, rng=rng), rng.standard_normal((4, 5)))
+    check_gradients(Linear(5, 3, bias=False, rng=rng), rng.standard_normal((1, 5)))
+
+
+def test_dropout_in_evaluation_is_the_identity(rng):
+    x = rng.standard_normal((3, 4))
+    assert Dropout(0.7).eval()(x) is x
+
+
+def test_dropout_draws_a_new_mask_each_step_and_the_same_in_each_run():
+    x = np.ones((4, 100), np.float32)
+    layer, again, other = Dropout(0.5, rng=1), Dropout(0.5, rng=1), Dropout(0.5, rng=2)
+    first, second = layer(x), layer(x)
+    assert (first != second).any()
+    assert (first != other(x)).any()
+    np.testing.assert_array_equal(again(x), first)
+    again.step = 1
+    np.testing.assert_array_equal(again(x), second)
+
+
+def test_two_dropouts_of_one_generator_draw_different_masks():
+    rng = np.random.default_rng(0)
+    assert Dropout(rng=rng).key != Dropout(rng=rng).key
+
+
+def test_dropout_with_p_0_is_the_identity_both_ways(rng):
+    layer, x = Dropout(0.0), rng.standard_normal((3, 4))
+    assert layer(x) is x
+    assert layer.backward(x) is x
+
+
+@pytest.mark.parametrize("p", [-0.1, 1, 1.5, float("nan")])
+def test_dropout_refuses_a_p_that_is_no_probability(p):
+    with pytest.raises(ValueError, match=f"p must be at least 0 and below 1, got {p}"):
+        Dropout(p)
+
+
+def test_running_statistics_in_closed_form(rng):
+    layer = BatchNorm2d(2, momentum=0.3).to(dtype=np.float64)
+    mean, var = np.zeros(2), np.ones(2)
+    for _ in range(3):
+        x = rng.standard_normal((4, 3, 3, 2)) * [1, 10] + [5, -3]
+        layer(x)
+        mean = 0.7 * mean + 0.3 * x.mean(axis=(0, 1, 2))
+        var = 0.7 * var + 0.3 * x.var(axis=(0, 1, 2), ddof=1)
+    np.testing.assert_allclose(layer.running_mean.data, mean)
+    np.testing.assert_allclose(layer.running_var.data, var)
+    np.testing.assert_allclose(layer.eval()(x), (x - mean) / np.sqrt(var + 1e-5))
+    np.testing.assert_allclose(layer.running_mean.data, mean)
+
+
+def test_batch_norm_sends_the_residual_its_gradient(rng):
+    layer = BatchNorm2d(2, relu=True).to(dtype=np.float64)
+    x, residual, dout = rng.standard_normal((3, 2, 3, 3, 2))
+    out = layer(x, residual)
+    _, dresidual = layer.backward(dout)
+    np.testing.assert_array_equal(dresidual, np.where(out > 0, dout, 0))
+
+
+def test_convolutions_start_with_the_variance_of_he():
+    weight = Conv2d(64, 128, 3, rng=0).weight.data
+    assert abs(weight.std() / np.sqrt(2 / (9 * 64)) - 1) < 0.01
+    assert abs(weight.mean()) < 1e-3
+    assert (Conv2d(3, 4, 1).bias.data == 0).all()
+
+
+def test_a_seed_fixes_the_initial_weights():
+    np.testing.assert_array_equal(Conv2d(3, 4, 3, rng=5).weight.data, Conv2d(3, 4, 3, rng=5).weight.data)
+    assert (Linear(3, 4, rng=5).weight.data != Linear(3, 4, rng=6).weight.data).any()
+    assert (Linear(3, 4).weight.data != Linear(3, 4).weight.data).any()
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "message"),
+    [
+        (Linear(5, 3), np.zeros((4, 6), np.float32), r"Linear expects \(N, 5\), got \(4, 6\)"),
+        (Linear(5, 3), np.zeros((4, 5)), "Linear has float32 parameters, got an input of float64"),
+        (GlobalAvgPool2d(), np.zeros((4, 6)), r"expects \(N, H, W, C\), got \(4, 6\)"),
+        (BatchNorm2d(3), np.zeros((4, 3, 8, 8)), r"images \(N, H, W, 3\), channels last, got \(4, 3, 8, 8\)"),
+        (BatchNorm2d(3), np.zeros((1, 1, 1, 3), np.float32), r"more than one value .* got x of shape \(1, 1, 1, 3\)"),
+        (Conv2d(3, 4, 3), np.zeros((8, 8, 3)), r"Conv2d expects images \(N, H, W, 3\), channels last, got \(8, 8, 3\)"),
+        (Conv2d(3, 4, 3), np.zeros((1, 8, 8, 3), np.uint8), "Conv2d has float32 parameters, got an input of uint8"),
+        (Conv2d(3, 4, 5, padding=1), np.zeros((1, 9, 2, 3), np.float32), r"a window of 5 does not fit into \(1, 9, 2"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(layer, x, message):
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+
+
+def test_a_residual_that_does_not_match_is_named():
+    with pytest.raises(ValueError, match=r"residual like x, \(2, 4, 4, 3\) float32, got \(2, 4, 4, 1\) float32"):
+        BatchNorm2d(3)(np.zeros((2, 4, 4, 3), np.float32), np.zeros((2, 4, 4, 1), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1, got 0"),
+        ({"kernel_size": (3, 3)}, r"kernel_size must be a whole number of at least 1, got \(3, 3\)"),
+        ({"kernel_size": 3, "stride": 0}, "stride must be a whole number of at least 1, got 0"),
+        ({"kernel_size": 3, "padding": -1}, "padding must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_convolution_sizes_that_are_none_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Conv2d(3, 4, **arguments)

@@ -1,0 +1,48 @@
+"""The loss as a module would use it: gradients, scaling, and labels that do not fit."""
+
+import numpy as np
+import pytest
+
+from minires import SoftmaxCrossEntropy, check_gradients
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_gradient_agrees_with_finite_differences(rng, label_smoothing):
+    labels = rng.integers(0, 7, 5)
+    check_gradients(SoftmaxCrossEntropy(label_smoothing), 3 * rng.standard_normal((5, 7)), labels)
+
+
+def test_equal_scores_cost_log_of_the_number_of_classes():
+    loss = SoftmaxCrossEntropy()(np.zeros((3, 10), np.float32), np.array([1, 2, 3]))
+    assert loss.dtype == np.float32
+    np.testing.assert_allclose(loss, np.log(10), rtol=1e-6)
+
+
+def test_float32_stays_float32():
+    loss = SoftmaxCrossEntropy(0.1)
+    assert loss(np.zeros((3, 10), np.float32), np.array([1, 2, 3])).dtype == np.float32
+    assert loss.backward().dtype == np.float32
+
+
+def test_backward_needs_forward():
+    with pytest.raises(RuntimeError, match="call forward first"):
+        SoftmaxCrossEntropy().backward()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0, 10]), "labels from 0 to 9, got 0 to 10"),
+        (np.array([-1, 3]), "labels from 0 to 9, got -1 to 3"),
+        (np.array([0, 1, 2]), r"got \(2, 10\) and \(3,\)"),
+        (np.array([0.0, 1.0]), "whole numbers, got float64"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(labels, message):
+    with pytest.raises(ValueError, match=message):
+        SoftmaxCrossEntropy()(np.zeros((2, 10)), labels)
+
+
+def test_label_smoothing_outside_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"label_smoothing must be from 0 to 1, got 1\.5"):
+        SoftmaxCrossEntropy(1.5)

@@ -1,0 +1,162 @@
+"""The contract of a module: names, modes, state, and a backward that needs its forward."""
+
+import numpy as np
+import pytest
+
+from minires import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Module, Parameter, ReLU, Sequential
+
+LAYERS = [
+    (lambda rng: ReLU(), (2, 5, 5, 3)),
+    (lambda rng: Dropout(0.4, rng=rng), (2, 5, 5, 3)),
+    (lambda rng: Linear(3, 4, rng=rng), (2, 3)),
+    (lambda rng: GlobalAvgPool2d(), (2, 5, 5, 3)),
+    (lambda rng: BatchNorm2d(3), (2, 5, 5, 3)),
+    (lambda rng: BatchNorm2d(3, relu=True), (2, 5, 5, 3)),
+    (lambda rng: Conv2d(3, 4, 3, padding=1, rng=rng), (2, 5, 5, 3)),
+    (lambda rng: Sequential(Conv2d(3, 4, 3, rng=rng), ReLU()), (2, 5, 5, 3)),
+]
+each_layer = pytest.mark.parametrize(("make", "shape"), LAYERS, ids=[type(make(0)).__name__ for make, _ in LAYERS])
+
+
+@each_layer
+def test_float32_stays_float32(rng, make, shape):
+    layer = make(rng)
+    out = layer(rng.standard_normal(shape).astype(np.float32))
+    assert out.dtype == np.float32
+    assert layer.backward(np.ones_like(out)).dtype == np.float32
+    for _, value in layer.named_state():
+        assert value.data.dtype == np.float32
+    for parameter in layer.parameters():
+        assert parameter.grad.dtype == np.float32
+
+
+@each_layer
+def test_x_and_dout_are_left_as_they_were(rng, make, shape):
+    layer = make(rng)
+    x = rng.standard_normal(shape).astype(np.float32)
+    x_before = x.copy()
+    out = layer(x)
+    dout = rng.standard_normal(out.shape).astype(np.float32)
+    dout_before = dout.copy()
+    layer.backward(dout)
+    np.testing.assert_array_equal(x, x_before)
+    np.testing.assert_array_equal(dout, dout_before)
+
+
+@each_layer
+def test_one_forward_one_backward(rng, make, shape):
+    layer = make(rng)
+    x = rng.standard_normal(shape).astype(np.float32)
+    dout = np.ones_like(layer(x))
+    layer.backward(dout)
+    with pytest.raises(RuntimeError, match="backward: call forward in training mode first"):
+        layer.backward(dout)
+    layer.eval()(x)
+    with pytest.raises(RuntimeError, match="backward: call forward in training mode first"):
+        layer.backward(dout)
+
+
+@each_layer
+def test_gradients_add_up(rng, make, shape):
+    layer = make(rng)
+    layer.to(dtype=np.float64)
+    x = rng.standard_normal(shape)
+    dout = rng.standard_normal(layer(x).shape)
+    layer.backward(dout)
+    once = [parameter.grad.copy() for parameter in layer.parameters()]
+    layer(x)
+    layer.backward(dout)
+    for parameter, grad in zip(layer.parameters(), once, strict=True):
+        np.testing.assert_allclose(parameter.grad, 2 * grad)
+        assert np.abs(grad).max() > 0
+
+
+def test_nothing_is_kept_in_evaluation(rng):
+    layer = Sequential(Conv2d(3, 4, 3, rng=rng), BatchNorm2d(4, relu=True), Dropout(rng=rng)).eval()
+    layer(np.ones((2, 5, 5, 3), np.float32))
+    assert all(module._cache is None for module in layer.modules())
+
+
+class Nested(Module):
+    def __init__(self):
+        self.scale = Parameter(np.ones(2))
+        self.branches = [Linear(2, 3), Sequential(Linear(3, 2, bias=False))]
+        self.note = "not a part"
+
+
+def test_names_are_dotted_paths_through_attributes_lists_and_sequentials():
+    assert [name for name, _ in Nested().named_parameters()] == [
+        "scale",
+        "branches.0.weight",
+        "branches.0.bias",
+        "branches.1.0.weight",
+    ]
+    assert Nested().num_parameters() == 2 + 6 + 3 + 6
+
+
+def test_train_and_eval_reach_every_part_and_return_self():
+    model = Nested()
+    assert model.eval() is model
+    assert not any(module.training for module in model.modules())
+    assert model.train() is model
+    assert all(module.training for module in model.modules())
+
+
+def test_an_empty_sequential_is_the_identity(rng):
+    x = rng.standard_normal((2, 3))
+    assert Sequential()(x) is x
+    assert Sequential().backward(x) is x
+
+
+def test_state_has_the_shapes_of_pytorch_and_is_a_copy(rng):
+    model = Sequential(Conv2d(3, 5, 2, rng=rng), BatchNorm2d(5), Linear(5, 4, rng=rng))
+    state = model.state_dict()
+    assert {name: array.shape for name, array in state.items()} == {
+        "0.weight": (5, 3, 2, 2),
+        "0.bias": (5,),
+        "1.weight": (5,),
+        "1.bias": (5,),
+        "1.running_mean": (5,),
+        "1.running_var": (5,),
+        "2.weight": (4, 5),
+        "2.bias": (4,),
+    }
+    assert all(array.flags.c_contiguous for array in state.values())
+    state["1.weight"][:] = 7
+    assert (model.state_dict()["1.weight"] == 1).all()
+
+
+def test_state_goes_round(rng):
+    def make(seed):
+        return Sequential(Conv2d(3, 5, 2, rng=seed), BatchNorm2d(5), GlobalAvgPool2d(), Linear(5, 4, rng=seed))
+
+    x = rng.standard_normal((2, 4, 4, 3)).astype(np.float32)
+    model, other = make(1), make(2)
+    model(x)
+    arrays = [value.data for _, value in other.named_state()]
+    other.load_state_dict(model.state_dict() | {"1.num_batches_tracked": np.array(3)})
+    np.testing.assert_array_equal(other.eval()(x), model.eval()(x))
+    for array, (_, value) in zip(arrays, other.named_state(), strict=True):
+        assert value.data is array
+
+
+def test_a_state_that_does_not_fit_is_listed_and_changes_nothing():
+    model = Linear(3, 2, rng=0)
+    before = model.state_dict()
+    with pytest.raises(ValueError, match="does not fit this Linear") as error:
+        model.load_state_dict({"weight": np.zeros((3, 2)), "gain": np.zeros(2)})
+    for part in ("missing bias", "unexpected gain", r"weight has shape (3, 2), expected (2, 3)"):
+        assert part in str(error.value)
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_to_keeps_the_parameters_and_replaces_their_arrays(strict_gpu):
+    model = Linear(3, 2, rng=0)
+    parameters = model.parameters()
+    assert model.to(dtype=np.float64) is model
+    assert model.weight.data.dtype == model.weight.grad.dtype == np.float64
+    model.to("gpu")
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert type(model.weight.data) is type(model.weight.grad) is strict_gpu.StrictArray
+    assert type(model.to("cpu").weight.data) is np.ndarray

@@ -1,0 +1,58 @@
+"""Importing minires is quick, quiet and needs NumPy alone; the README and the project agree with each other."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import minires
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_importing_does_nothing_visible_and_loads_numpy_alone(tmp_path):
+    code = (
+        "import sys, numpy; before = set(sys.modules); import minires; "
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == "['minires']\n"
+    assert run.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in minires.__all__:
+        assert getattr(minires, name).__doc__, name
+
+
+def test_every_file_opens_with_what_it_is_for():
+    for path in [*ROOT.glob("minires/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("tests/*.py")]:
+        assert path.read_text().startswith('"""'), path
+
+
+def test_a_file_imports_only_files_above_it():
+    """The reading order of minires/__init__.py and the README is also the order of imports."""
+    rows = re.findall(r"^\| \d+ \| \[`(minires/[\w/.]+)`\]", (ROOT / "README.md").read_text(), re.MULTILINE)
+    order = [
+        "/".join(pathlib.Path(row).with_suffix("").parts).replace("/__init__", "").replace("/", ".") for row in rows
+    ]
+    for place, (row, module) in enumerate(zip(rows, order, strict=True)):
+        if row == "minires/__init__.py":
+            continue
+        for used in re.findall(
+            r"^\s*from (minires[\w.]*) import|^import (minires[\w.]*)", (ROOT / row).read_text(), re.M
+        ):
+            used = used[0] or used[1]
+            assert used == "minires.kernels" or used in order[:place], f"{module} uses {used}, which comes later"
+
+
+def test_the_line_counts_of_the_readme_are_true():
+    rows = re.findall(r"^\| \d+ \| \[`([\w/.]+)`\].*\| (\d+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = {path: int(lines) for path, lines in rows}
+    actual = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in ROOT.glob("minires/**/*.py")
+        if path.name != "__init__.py" or path.parent.name == "kernels"
+    }
+    assert listed == actual
