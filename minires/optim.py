@@ -6,6 +6,8 @@
         optimizer.zero_grad()
         loss = ...                      # forward and backward fill every grad
         optimizer.step()
+
+Source      PyTorch, for the names and the arithmetic
 """
 
 import math

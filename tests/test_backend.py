@@ -59,7 +59,7 @@ def test_an_import_that_fails_is_told_from_a_missing_package(fake_cupy, monkeypa
 
 def test_no_cuda_runtime(fake_cupy):
     fake_cupy.cuda.runtime.driverGetVersion = fail(RuntimeError("libcudart is missing"))
-    with pytest.raises(GPUError, match="CUDA runtime .*libcudart is missing"):
+    with pytest.raises(GPUError, match=r"CUDA runtime .*libcudart is missing"):
         choose_device("gpu")
 
 
@@ -78,7 +78,7 @@ def test_a_driver_that_is_too_old(fake_cupy):
 
 def test_no_device(fake_cupy):
     fake_cupy.cuda.runtime.getDeviceCount = lambda: 0
-    with pytest.raises(GPUError, match="shows no GPU.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(GPUError, match=r"shows no GPU.*CUDA_VISIBLE_DEVICES"):
         choose_device("gpu")
 
 
@@ -94,7 +94,7 @@ def test_a_product_that_fails(fake_cupy):
             raise RuntimeError("libcublas is missing")
 
     fake_cupy.ones = lambda shape, dtype: np.ones(shape, dtype).view(NoProduct)
-    with pytest.raises(GPUError, match="multiply matrices .*libcublas is missing"):
+    with pytest.raises(GPUError, match=r"multiply matrices .*libcublas is missing"):
         choose_device("gpu")
 
 

@@ -17,8 +17,8 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float6
 def twins(dtype, **arguments):
     """A network of minires and one of PyTorch with the same weights, which are far from the initial ones and zeros.
 
-    In float32 the biases of BatchNorm keep the ReLUs away from 0: a value within rounding of 0 falls on either side of it in
-    two libraries, and the gradient of a path goes with it. (It costs two digits: BatchNorm takes the large means off
+    In float32 the biases of BatchNorm keep the ReLUs away from 0: a value within rounding of 0 falls on either side of
+    it in two libraries, and the gradient of a path goes with it. (It costs a digit: BatchNorm takes the large means off
     again.) In float64 the ReLUs are what they are.
     """
     from torch_resnet import TorchResNet

@@ -1,0 +1,248 @@
+"""The examples as people run them: what they write, what they print, and how they end."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from minires import ResNet, backend
+from minires.checkpoint import load_model, save_weights
+from minires.cifar10 import load_sample
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+SMALL_RUN = ["--data", "sample", "--epochs", "2", "--batch-size", "20", "--limit-batches", "2", "--device", "cpu"]
+
+
+def start(script, *args, **kwargs):
+    command = [sys.executable, EXAMPLES / script, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def run(script, *args, **kwargs):
+    """Return (exit code, standard output, standard error)."""
+    process = start(script, *args, **kwargs)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    code, out, err = run("train_cifar.py", *SMALL_RUN, "--out", folder)
+    assert code == 0, err
+    return folder, out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    save_weights(path, ResNet((1,), (8,)))
+    return path
+
+
+def test_a_run_writes_its_folder(small_run):
+    folder, out = small_run
+    written = {path.name for path in folder.iterdir()}
+    assert written - {"curves.png", "images.png"} == {"config.json", "log.csv", "best.safetensors", "result.json"}
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["batch_size"], config["device"], config["parameters"]) == (20, "cpu", 4_977_226)
+    with open(folder / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    result = json.loads((folder / "result.json").read_text())
+    best = min(rows, key=lambda row: float(row["validation_loss"]))
+    assert result["best_epoch"] == int(best["epoch"])
+    assert result["validation_loss"] == float(best["validation_loss"])
+    assert result["test_images"] == 40
+    assert f"test accuracy {result['test_accuracy']:.2%} on 40 images" in out
+    assert load_model(folder / "best.safetensors")[1]["epoch"] == result["best_epoch"]
+
+
+def test_a_run_prints_an_aligned_row_for_each_epoch(small_run):
+    lines = small_run[1].splitlines()
+    header = next(line for line in lines if line.startswith("epoch"))
+    rows = [line for line in lines if line.lstrip()[0].isdigit() and "|" in line]
+    assert len(rows) == 2
+    for row in rows:
+        assert [i for i, c in enumerate(row) if c == "|"] == [i for i, c in enumerate(header) if c == "|"]
+
+
+def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
+    code, _, err = run("train_cifar.py", *SMALL_RUN, "--out", tmp_path / "again")
+    assert code == 0, err
+    first, again = (load_model(folder / "best.safetensors")[0] for folder in (small_run[0], tmp_path / "again"))
+    for name, array in first.state_dict().items():
+        np.testing.assert_array_equal(array, again.state_dict()[name], err_msg=name)
+
+
+def test_the_variants_that_the_report_studies(tmp_path):
+    code, _, err = run(
+        "train_cifar.py",
+        *SMALL_RUN,
+        *[
+            "--epochs",
+            "1",
+            "--blocks",
+            "1",
+            "1",
+            "1",
+            "1",
+            "--no-shortcut",
+            "--dropout",
+            "0",
+            "--no-augment",
+            "--schedule",
+            "one-cycle",
+            "--lr",
+            "0.01",
+        ],
+        *("--out", tmp_path / "run"),
+    )
+    assert code == 0, err
+    model, _ = load_model(tmp_path / "run" / "best.safetensors")
+    assert [name for name, _ in model.named_parameters() if ".shortcut." in name or name.startswith("layer1.1")] == []
+
+
+def test_training_on_the_stand_in_for_a_gpu(strict_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import train_cifar
+
+    assert backend.gpu_library() is strict_gpu
+    previous = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(
+        sys, "argv",
+        ["train_cifar.py", *SMALL_RUN, "--epochs", "1", "--device", "gpu", "--out", str(tmp_path / "run")],
+    )  # fmt: skip
+    try:
+        assert train_cifar.main() == 0
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert "device gpu" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_has_been_learned(tmp_path):
+    folder = tmp_path / "run"
+    process = start("train_cifar.py", "--data", "sample", "--batch-size", 20, "--device", "cpu", "--out", folder)
+    while not (folder / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted in epoch 1, after step" in out
+    assert load_model(folder / "last.safetensors")[1]["step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "/nowhere"], "error: /nowhere/data_batch_1.bin is missing"),
+        (["--data", "sample", "--out", EXAMPLES], f"error: --out {EXAMPLES} exists and is not an empty folder"),
+        (["--batch-size", "0"], "--batch-size: expected a whole number of at least 2, got 0"),
+        (["--epochs", "x"], "--epochs: expected a whole number of at least 1, got x"),
+        (["--lr", "-1"], "--lr: expected a number above 0, got -1"),
+        (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got 1"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_exit_code_2(args, message):
+    code, _, err = run("train_cifar.py", *args)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_without_data_the_three_ways_out_are_named(tmp_path):
+    code, _, err = run("train_cifar.py", env={**os.environ, "MINIRES_DATA": str(tmp_path)})
+    assert code == 2
+    assert err.startswith(f"error: no data in {tmp_path}. Three ways out: unpack cifar-10-binary.tar.gz")
+    assert "--data DIR" in err
+    assert "--data sample" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_asking_for_a_gpu_that_is_not_there_names_the_cause(tmp_path):
+    try:
+        backend.gpu_library()
+    except backend.GPUError as error:
+        cause = str(error)
+    else:
+        pytest.skip("there is a GPU here")
+    code, _, err = run("train_cifar.py", *SMALL_RUN, "--device", "gpu", "--out", tmp_path / "run")
+    assert (code, err) == (2, f"error: {cause}\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    code, _, err = run("train_cifar.py", *SMALL_RUN, "--lr", "1e30", "--out", tmp_path / "run")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: the loss is nan in epoch ")
+    assert "try a smaller --lr than 1e+30" in err
+
+
+def test_evaluate_prints_accuracy_and_confusion(checkpoint):
+    code, out, err = run("evaluate.py", checkpoint, "--data", "sample")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("500 images, loss ")
+    counts = np.array([line.split()[2:] for line in lines[3:]], int)
+    assert counts.shape == (10, 10)
+    np.testing.assert_array_equal(counts.sum(axis=1), [50] * 10)
+    accuracies = [float(line.split()[1].rstrip("%")) for line in lines[3:]]
+    np.testing.assert_allclose(accuracies, 2 * counts.diagonal())
+    assert f"accuracy {counts.trace() / 500:.2%}" in lines[0]
+
+
+def test_predict_names_the_three_most_probable_classes(checkpoint, tmp_path):
+    image = pytest.importorskip("PIL.Image").fromarray(load_sample().test_images[0])
+    image.save(tmp_path / "small.png")
+    image.resize((90, 60)).convert("L").save(tmp_path / "grey.jpg")
+    code, out, err = run("predict.py", checkpoint, tmp_path / "small.png", tmp_path / "grey.jpg")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"{tmp_path / 'small.png'}: ")
+    percentages = [float(part.split()[-1].rstrip("%")) for part in lines[0].split(": ")[1].split(", ")]
+    assert len(percentages) == 3
+    assert percentages == sorted(percentages, reverse=True)
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "predict.py"])
+def test_a_checkpoint_that_is_none_is_named(script, tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"no checkpoint")
+    images = []
+    if script == "predict.py":
+        pytest.importorskip("PIL.Image").new("RGB", (32, 32)).save(tmp_path / "black.png")
+        images = [tmp_path / "black.png"]
+    code, _, err = run(script, path, *images)
+    assert code == 2
+    assert err.startswith(f"error: {path} is no safetensors file, or a damaged one")
+
+
+def test_a_picture_that_is_none_is_named(checkpoint, tmp_path):
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "note.png").write_text("no picture")
+    code, _, err = run("predict.py", checkpoint, tmp_path / "note.png")
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path / 'note.png'} is no picture that Pillow can read")
+    code, _, err = run("predict.py", checkpoint, tmp_path / "none.png")
+    assert (code, err) == (2, f"error: {tmp_path / 'none.png'} is missing; expected a PNG or JPEG file\n")
+
+
+def test_gradcheck_prints_a_row_for_every_layer_and_the_network():
+    code, out, err = run("gradcheck.py")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert len(lines) == 14
+    assert lines[-1].startswith("ResNet, 4,977,226 parameters")
+    for line in lines[1:]:
+        assert float(line.split()[-2]) < 1e-6
