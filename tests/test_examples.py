@@ -83,28 +83,9 @@ def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
 
 
 def test_the_variants_that_the_report_studies(tmp_path):
-    code, _, err = run(
-        "train_cifar.py",
-        *SMALL_RUN,
-        *[
-            "--epochs",
-            "1",
-            "--blocks",
-            "1",
-            "1",
-            "1",
-            "1",
-            "--no-shortcut",
-            "--dropout",
-            "0",
-            "--no-augment",
-            "--schedule",
-            "one-cycle",
-            "--lr",
-            "0.01",
-        ],
-        *("--out", tmp_path / "run"),
-    )
+    variant = ["--blocks", "1", "1", "1", "1", "--no-shortcut", "--dropout", "0", "--no-augment"]
+    rate = ["--schedule", "one-cycle", "--lr", "0.01"]
+    code, _, err = run("train_cifar.py", *SMALL_RUN, "--epochs", "1", *variant, *rate, "--out", tmp_path / "run")
     assert code == 0, err
     model, _ = load_model(tmp_path / "run" / "best.safetensors")
     assert [name for name, _ in model.named_parameters() if ".shortcut." in name or name.startswith("layer1.1")] == []
