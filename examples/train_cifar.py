@@ -132,8 +132,8 @@ def main():
     for epoch in range(1, args.epochs + 1):
         epoch_started = time.monotonic()
         order = np.random.default_rng([args.seed, epoch]).permutation(len(train_images))
-        loss_sum, correct, seen = xp.zeros((), xp.float32), xp.zeros((), xp.int64), 0
-        progress = Progress(f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch, args.batch_size)
+        loss_sum, correct, seen = xp.zeros((), xp.float64), xp.zeros((), xp.int64), 0
+        progress = Progress(f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch)
         for batch in range(batches_per_epoch):
             index = to_device(order[batch * args.batch_size : (batch + 1) * args.batch_size], device)
             images, labels = train_images[index], train_labels[index]
@@ -154,10 +154,7 @@ def main():
             last = batch + 1 == batches_per_epoch or bool(interrupted)
             if last or batch % STEPS_BETWEEN_READINGS == 0:
                 train_loss, train_accuracy = float(loss_sum) / seen, float(correct) / seen
-                if not math.isfinite(train_loss):
-                    raise FloatingPointError(
-                        f"the loss is {train_loss} in epoch {epoch}, step {step}: try a smaller --lr than {args.lr}"
-                    )
+                check_finite("loss", train_loss, epoch, step, args.lr)
             progress.update(len(index), train_loss, train_accuracy, last)
             if interrupted:
                 break
@@ -166,6 +163,7 @@ def main():
             break
 
         validation_loss, validation_accuracy = evaluate(model, *validation, cifar10.MEAN, cifar10.STD)
+        check_finite("validation loss", validation_loss, epoch, step, args.lr)
         row = {
             "epoch": epoch,
             "lr": optimizer.lr,
@@ -221,6 +219,11 @@ def load_data(data):
     return cifar10.load(directory)
 
 
+def check_finite(name, loss, epoch, step, lr):
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the {name} is {loss} in epoch {epoch}, step {step}: try a smaller --lr than {lr}")
+
+
 def interrupts():
     """Return a list that gets an entry on Ctrl-C, for the loop to end at a good place; a second one ends at once."""
     pressed = []
@@ -236,7 +239,7 @@ def interrupts():
 class Progress:
     """A bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, title, batches, batch_size):
+    def __init__(self, title, batches):
         self.title, self.batches, self.batch, self.images = title, batches, 0, 0
         self.started = self.last_line = time.monotonic()
         self.bar = tqdm(total=batches, desc=title, unit="batch", leave=False, disable=None, dynamic_ncols=True)
@@ -306,3 +309,5 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # before the loop, or a second one
+        sys.exit(130)
