@@ -92,7 +92,6 @@ def test_the_variants_that_the_report_studies(tmp_path):
 
 
 def test_training_on_the_stand_in_for_a_gpu(strict_gpu, monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(EXAMPLES)
     import train_cifar
 
     assert backend.gpu_library() is strict_gpu

@@ -29,7 +29,7 @@ def twins(dtype, **arguments):
         if dtype == np.float32 and ("bn" in name or "shortcut.1" in name) and name.endswith("bias"):
             parameter.data += 4
         parameter.data += (0.1 * np.abs(parameter.data).mean() + 0.01) * rng.standard_normal(parameter.data.shape)
-    twin = TorchResNet(**arguments).to(torch.float64 if dtype == np.float64 else torch.float32)
+    twin = TorchResNet(**arguments, dropout=0.0).to(torch.float64 if dtype == np.float64 else torch.float32)
     twin.load_state_dict({name: torch.from_numpy(array) for name, array in model.state_dict().items()}, strict=True)
     return model, twin
 

@@ -1,0 +1,269 @@
+"""How fast is minires on this machine, next to PyTorch, and where does its time go?
+
+    python examples/benchmark.py                        minires, and PyTorch where it is installed
+    python examples/benchmark.py --compile              torch.compile as well (takes a minute to compile)
+    python examples/benchmark.py --layers               the milliseconds of each layer, beside what the machine allows
+
+Each contestant lives in a process of its own and takes turns with the others: a few training steps each, then a few
+batches of evaluation each, round after round. A machine that slows down slows all of them, so it is the ratios within a
+round that count. The network, the batch and the optimizer (Adam) are the same, in float32, on all cores that the
+process may use. PyTorch runs channels-last, which is its faster layout here.
+
+Peak memory is that of the whole process after training, interpreter and libraries included.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+
+import numpy as np
+
+import minires
+from minires.summary import output_shapes, parts_first
+
+WARMUP = 2  # steps that are not timed
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time minires, beside PyTorch where it is installed.")
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="default 128")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed steps of each in a round, default 3")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too")
+    parser.add_argument("--layers", action="store_true", help="only the table of minires by layer")
+    args = parser.parse_args()
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    print(f"{cores} cores, {processor()}, {versions}, batch {args.batch_size}")
+    if args.layers:
+        print_layers(args.batch_size, args.rounds * args.steps)
+        return
+    contestants = {"minires": Minires}
+    if importlib.util.find_spec("torch"):
+        contestants["PyTorch eager"] = Torch
+        if args.compile:
+            contestants["torch.compile"] = TorchCompiled
+    else:
+        print("PyTorch is not installed: minires runs alone")
+
+    workers = {name: Worker(contestant, args.batch_size, args.steps) for name, contestant in contestants.items()}
+    print("versions: " + ", ".join(f"{name} {worker.ask('version')}" for name, worker in workers.items()))
+    for task in ("train", "evaluate"):
+        for worker in workers.values():
+            worker.ask("warm_up", task)
+        seconds = {name: [] for name in workers}
+        for _ in range(args.rounds):
+            for name, worker in workers.items():
+                seconds[name].append(worker.ask("time", task))
+        print_table(
+            task, seconds, args.batch_size * args.steps, {name: worker.peak for name, worker in workers.items()}
+        )
+    for worker in workers.values():
+        worker.stop()
+
+
+def processor():
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(": ")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def print_table(task, seconds, images, peaks):
+    print(f"\n{task:<16} {'images/s':>9} {'from':>7} {'to':>7}   minires is faster by   {'peak memory':>11}")
+    for name, times in seconds.items():
+        speeds = sorted(images / s for s in times)
+        ratios = sorted(theirs / ours for theirs, ours in zip(times, seconds["minires"], strict=True))
+        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if name != "minires" else ""
+        peak = f"{peaks[name]:,.0f} MB" if task == "train" else ""
+        print(
+            f"{name:<16} {statistics.median(speeds):9.1f} {speeds[0]:7.1f} {speeds[-1]:7.1f}   {ratio:<20}   {peak:>11}"
+        )
+
+
+class Worker:
+    """A contestant in a process of its own, which does what it is asked and otherwise sleeps."""
+
+    def __init__(self, contestant, batch_size, steps):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, contestant, batch_size, steps), daemon=True)
+        self.process.start()
+        self.peak = 0  # MB, after the latest training
+
+    def ask(self, *question):
+        time.sleep(0.3)  # lets the threads of the one before come to rest
+        self.pipe.send(question)
+        answer, peak = self.pipe.recv()
+        if question[-1] == "train":
+            self.peak = peak
+        return answer
+
+    def stop(self):
+        self.pipe.send(None)
+        self.process.join()
+
+
+def serve(pipe, contestant, batch_size, steps):
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch_size, 32, 32, 3)).astype(np.float32)
+    contestant = contestant(images, rng.integers(0, 10, batch_size))
+    while question := pipe.recv():
+        match question:
+            case ["version"]:
+                answer = contestant.version
+            case ["warm_up", task]:
+                answer = [getattr(contestant, task)() for _ in range(WARMUP)]
+            case ["time", task]:
+                started = time.perf_counter()
+                for _ in range(steps):
+                    getattr(contestant, task)()
+                answer = time.perf_counter() - started
+        pipe.send((answer, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+class Minires:
+    version = minires.__version__
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+        self.model = minires.ResNet()
+        self.loss_function = minires.SoftmaxCrossEntropy()
+        self.optimizer = minires.Adam(self.model.parameters())
+
+    def train(self):
+        self.model.train()
+        self.optimizer.zero_grad()
+        loss = self.loss_function(self.model(self.images), self.labels)
+        self.model.backward(self.loss_function.backward(), need_dx=False)
+        self.optimizer.step()
+        return float(loss)
+
+    def evaluate(self):
+        return float(self.model.eval()(self.images).sum())
+
+
+class Torch:
+    def __init__(self, images, labels):
+        import torch
+        from torch_resnet import TorchResNet
+
+        self.torch, self.version = torch, torch.__version__
+        self.images = torch.from_numpy(images.transpose(0, 3, 1, 2))  # a view: channels last in memory
+        self.labels = torch.from_numpy(labels)
+        self.model = TorchResNet().to(memory_format=torch.channels_last)
+        self.loss_function = torch.nn.CrossEntropyLoss()
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+
+    def train(self):
+        self.model.train()
+        self.optimizer.zero_grad()
+        loss = self.loss_function(self.model(self.images), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def evaluate(self):
+        with self.torch.inference_mode():
+            return self.model.eval()(self.images).sum().item()
+
+
+class TorchCompiled(Torch):
+    def __init__(self, images, labels):
+        super().__init__(images, labels)
+        self.model = self.torch.compile(self.model)
+
+
+def print_layers(batch_size, steps):
+    """The median milliseconds of each layer, and the least that this machine's arithmetic and memory allow.
+
+    The floor of a convolution is its multiplications (a quarter of them for a 3x3 window with stride 1, by Winograd's
+    F(4x4, 3x3)) at the rate of a large matrix product; that of a normalisation is reading and writing each of its
+    arrays once, at the rate of a copy.
+    """
+    rng = np.random.default_rng(0)
+    run = Minires(rng.standard_normal((batch_size, 32, 32, 3)).astype(np.float32), rng.integers(0, 10, batch_size))
+    shapes = output_shapes(run.model, (32, 32, 3))
+    leaves = [part for part in parts_first(run.model) if not isinstance(part, minires.Sequential | minires.BasicBlock)]
+    timings = {(layer, way): [] for layer in leaves for way in ("forward", "backward")}
+
+    def timed(layer, way):
+        function = getattr(layer, way)
+
+        def call(*args, **kwargs):
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            timings[layer, way].append(1000 * (time.perf_counter() - started))
+            return result
+
+        return call
+
+    for layer, way in timings:
+        setattr(layer, way, timed(layer, way))
+    totals = []
+    for _ in range(WARMUP + steps):
+        started = time.perf_counter()
+        run.train()
+        totals.append(1000 * (time.perf_counter() - started))
+
+    gflops, gigabytes = product_rate(), copy_rate()
+    print(f"a product of 4096x4096 matrices runs at {gflops:.0f} GFLOP/s, a copy moves {gigabytes:.1f} GB/s\n")
+    print(f"{'layer':<26} {'output':<14} {'forward':>8} {'floor':>7} {'backward':>9} {'floor':>7}   milliseconds")
+    names = {module: name for name, module in run.model.named_modules()}
+    sums = np.zeros(4)
+    for layer in leaves:
+        forward, backward = (statistics.median(timings[layer, way][WARMUP:]) for way in ("forward", "backward"))
+        floors = floor(layer, shapes, batch_size, gflops, gigabytes, need_dx=layer is not leaves[0])
+        row = (forward, floors[0], backward, floors[1])
+        sums += row
+        shape = "x".join(map(str, shapes[layer]))
+        print(f"{names[layer]:<26} {shape:<14} {row[0]:8.1f} {row[1]:7.1f} {row[2]:9.1f} {row[3]:7.1f}")
+    print(f"{'all layers':<41} {sums[0]:8.1f} {sums[1]:7.1f} {sums[2]:9.1f} {sums[3]:7.1f}")
+    total = statistics.median(totals[WARMUP:])
+    print(f"{'the rest (loss, sums of shortcuts, optimizer)':<58} {total - sums[0] - sums[2]:9.1f}")
+    print(f"{'a training step':<58} {total:9.1f} {sums[1] + sums[3]:7.1f}")
+
+
+def floor(layer, shapes, batch_size, gflops, gigabytes, need_dx):
+    """The least milliseconds of a layer's forward and backward."""
+    size = batch_size * int(np.prod(shapes[layer]))  # of the output
+    if isinstance(layer, minires.Conv2d):
+        window = layer.kernel_size**2 * layer.in_channels
+        products = 2 * size * window / (4 if (layer.kernel_size, layer.stride) == (3, 1) and window > 27 else 1)
+        return products / gflops / 1e6, (1 + need_dx) * products / gflops / 1e6
+    if isinstance(layer, minires.BatchNorm2d):
+        once = 4 * size / gigabytes / 1e6
+        return 2 * once, 4 * once  # x, out; dout, x, out, dx
+    return 0.0, 0.0
+
+
+def product_rate():
+    a = np.ones((4096, 4096), np.float32)
+    a @ a
+    return 2 * 4096**3 / 1e9 / min(seconds(lambda: a @ a) for _ in range(3))
+
+
+def copy_rate():
+    """Bytes read and bytes written, both counted, by one core."""
+    a = np.ones(2**26, np.float32)
+    b = np.empty_like(a)
+    return 2 * a.nbytes / 1e9 / min(seconds(lambda: np.copyto(b, a)) for _ in range(5))
+
+
+def seconds(function):
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
