@@ -25,12 +25,13 @@ def main():
     args = parser.parse_args()
 
     device = choose_device(args.device)
-    model, metadata = load_model(args.checkpoint)
-    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data or cifar10.default_directory())
+    model, _ = load_model(args.checkpoint)
+    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data)
     images, labels = (data.test_images, data.test_labels) if args.part == "test" else data[:2]
 
-    mean, std = metadata.get("mean", cifar10.MEAN), metadata.get("std", cifar10.STD)
-    logits = predict_logits(model.to(device), images, mean, std)
+    logits = predict_logits(model.to(device), images, cifar10.MEAN, cifar10.STD)
+    if logits.shape[1] != len(cifar10.CLASSES):
+        raise CheckpointError(f"{args.checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10")
     loss = float(SoftmaxCrossEntropy().forward(logits, labels))
     matrix = confusion_matrix(labels, logits.argmax(axis=1), len(cifar10.CLASSES))
 

@@ -29,9 +29,10 @@ def main():
 
     images = np.stack([read_image(path) for path in args.images])  # (N, 32, 32, 3) uint8
     device = choose_device(args.device)
-    model, metadata = load_model(args.checkpoint)
-    mean, std = metadata.get("mean", cifar10.MEAN), metadata.get("std", cifar10.STD)
-    logits = predict_logits(model.to(device), images, mean, std)  # (N, 10)
+    model, _ = load_model(args.checkpoint)
+    logits = predict_logits(model.to(device), images, cifar10.MEAN, cifar10.STD)  # (N, 10)
+    if logits.shape[1] != len(cifar10.CLASSES):
+        raise CheckpointError(f"{args.checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10")
     exp = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exp / exp.sum(axis=1, keepdims=True)
 
@@ -52,7 +53,12 @@ def read_image(path):
         raise cifar10.DataError('reading pictures needs Pillow: pip install "minires[plot]"') from None
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (32, 32)))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            white = Image.new("RGBA", image.size, "white")  # what shows through where the picture is transparent
+            image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+            return np.asarray(ImageOps.fit(image, (32, 32)))
     except FileNotFoundError:
         raise cifar10.DataError(f"{path} is missing; expected a PNG or JPEG file") from None
     except (OSError, Image.DecompressionBombError) as error:

@@ -14,32 +14,36 @@ has been learned in last.safetensors.
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import time
+import warnings
 
 import numpy as np
 from tqdm import tqdm
 
 import minires
-from minires import cifar10
+from minires import cifar10, plots
 from minires.augment import normalize, random_crop, random_flip
 from minires.backend import GPUError, array_module, choose_device, to_device
 from minires.checkpoint import load_model, save_weights
 from minires.evaluate import evaluate
 
 SCHEDULES = {"constant": minires.constant, "cosine": minires.cosine, "one-cycle": minires.one_cycle}
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
-STEPS_BETWEEN_READINGS = 10  # reading the loss waits for the GPU
+STEPS_BETWEEN_READINGS = {"cpu": 1, "gpu": 10}  # reading the loss waits for the GPU
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Train the residual network on CIFAR-10.")
+    parser = argparse.ArgumentParser(description="Train the residual network on CIFAR-10.", allow_abbrev=False)
     add = parser.add_argument
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto, the default: a GPU where there is one")
     add("--data", metavar="sample|DIR", help="the built-in sample or a folder; default $MINIRES_DATA, ~/.cache/minires")
@@ -47,7 +51,13 @@ def parse_arguments():
     add("--batch-size", type=at_least(2), default=128, metavar="N", help="default 128")
     add("--lr", type=positive, default=1e-3, metavar="RATE", help="learning rate, default 0.001")
     add("--schedule", choices=list(SCHEDULES), default="constant", help="of the learning rate, default constant")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, split, order, augmentation and dropout")
+    add(
+        "--seed",
+        type=at_least(0, below=2**64),
+        default=0,
+        metavar="N",
+        help="of weights, split, order, augmentation and dropout",
+    )
     add("--out", type=pathlib.Path, metavar="DIR", help="the run folder (default: runs/ and the time)")
     add("--limit-batches", type=at_least(1), metavar="N", help="use only the first N batches of every pass, for a try")
     add("--blocks", type=at_least(1), nargs=4, default=[2, 1, 1, 1], metavar="N", help="of each stage, default 2 1 1 1")
@@ -57,10 +67,11 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def at_least(least):
+def at_least(least, below=math.inf):
     def whole_number(text):
-        if not text.lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text}")
+        if not re.fullmatch("-?[0-9]+", text) or not least <= int(text) < below:
+            limit = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}, got {text}")
         return int(text)
 
     return whole_number
@@ -89,14 +100,9 @@ def probability(text):
 def main():
     args = parse_arguments()
 
-    # Where the run happens, and where it is written down
-    device = choose_device(args.device)
-    out = args.out or pathlib.Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"--out {out} exists and is not an empty folder: name another, nothing is overwritten")
-
     # Data: one split, images as bytes on the device
-    data = load_data(args.data)
+    device = choose_device(args.device)
+    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data)
     train_index, validation_index = cifar10.split(len(data.train_images), seed=args.seed)
     train_images = to_device(data.train_images[train_index], device)
     train_labels = to_device(data.train_labels[train_index], device)
@@ -114,7 +120,7 @@ def main():
     optimizer = minires.Adam(model.parameters(), lr=args.lr)
     schedule = SCHEDULES[args.schedule]
 
-    out.mkdir(parents=True, exist_ok=True)
+    out = run_folder(args.out)
     config = {**vars(args), "out": str(out), "device": device, "parameters": model.num_parameters()} | versions()
     write_json(out / "config.json", config)
     print(
@@ -126,6 +132,7 @@ def main():
     draw("plot_images", data.train_images[:50], titles, out / "images.png")
 
     # The loop
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # a loss that is not finite ends the run with more grace
     interrupted = interrupts()
     xp = array_module(train_images)
     history, best_loss, step, started = [], math.inf, 0, time.monotonic()
@@ -152,7 +159,7 @@ def main():
             loss_sum += loss * len(index)
             correct += (logits.argmax(axis=1) == labels).sum()
             last = batch + 1 == batches_per_epoch or bool(interrupted)
-            if last or batch % STEPS_BETWEEN_READINGS == 0:
+            if last or batch % STEPS_BETWEEN_READINGS[device] == 0:
                 train_loss, train_accuracy = float(loss_sum) / seen, float(correct) / seen
                 check_finite("loss", train_loss, epoch, step, args.lr)
             progress.update(len(index), train_loss, train_accuracy, last)
@@ -178,13 +185,15 @@ def main():
         print_row(row, header=epoch == 1)
         if validation_loss < best_loss:
             best_loss = validation_loss
-            save_weights(out / "best.safetensors", model, row | {"mean": cifar10.MEAN, "std": cifar10.STD})
+            save_weights(out / "best.safetensors", model, row)
+        if interrupted:
+            break
 
     # What was learned
     if history:
         draw("plot_curves", history, out / "curves.png")
-    if interrupted:
-        save_weights(out / "last.safetensors", model, {"mean": cifar10.MEAN, "std": cifar10.STD, "step": step})
+    if interrupted and step < total_steps:
+        save_weights(out / "last.safetensors", model, {"step": step})
         print(f"\ninterrupted in epoch {epoch}, after step {step}; the weights are in {out / 'last.safetensors'}")
         return 130
     best, best_row = load_model(out / "best.safetensors")
@@ -206,17 +215,23 @@ def main():
     return 0
 
 
-def load_data(data):
-    if data == "sample":
-        return cifar10.load_sample()
-    directory = pathlib.Path(data or cifar10.default_directory())
-    if not data and not any(directory.glob("**/test_batch.bin")):
-        raise cifar10.DataError(
-            f"no data in {directory}. Three ways out: unpack cifar-10-binary.tar.gz from "
-            "https://www.cs.toronto.edu/~kriz/cifar.html there, name the folder that has it by --data DIR (or "
-            "MINIRES_DATA), or try the built-in sample by --data sample"
-        )
-    return cifar10.load(directory)
+def run_folder(out):
+    """Make the run folder, a new one or an empty one: runs/ and the time unless a name is given."""
+    if out:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(
+                f"--out {out} exists and is not an empty folder: name another, nothing is overwritten"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    now = time.strftime("%Y%m%d-%H%M%S")
+    for ending in itertools.chain([""], map("-{}".format, itertools.count(2))):
+        out = pathlib.Path("runs", now + ending)
+        try:
+            out.mkdir(parents=True)
+            return out
+        except FileExistsError:  # another run began in the same second
+            continue
 
 
 def check_finite(name, loss, epoch, step, lr):
@@ -229,6 +244,7 @@ def interrupts():
     pressed = []
 
     def on_ctrl_c(*_):
+        print("\nending after this step; Ctrl-C again ends at once, without saving", file=sys.stderr)
         pressed.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -242,13 +258,13 @@ class Progress:
     def __init__(self, title, batches):
         self.title, self.batches, self.batch, self.images = title, batches, 0, 0
         self.started = self.last_line = time.monotonic()
-        self.bar = tqdm(total=batches, desc=title, unit="batch", leave=False, disable=None, dynamic_ncols=True)
+        self.bar = tqdm(total=batches, desc=title, bar_format=BAR, leave=False, disable=None, dynamic_ncols=True)
 
     def update(self, images, loss, accuracy, last):
         self.batch += 1
         self.images += images
         now = time.monotonic()
-        text = f"loss {loss:.4f}, accuracy {accuracy:.2%}, {self.images / (now - self.started):.0f} images/s"
+        text = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {self.images / (now - self.started):.0f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and not last and now - self.last_line > SECONDS_BETWEEN_LINES:
@@ -291,13 +307,12 @@ def versions():
 
 
 def draw(plot, *args):
-    """Draw a picture of minires.plots, where matplotlib is installed."""
+    """Draw a picture of minires.plots, where matplotlib is installed; a run does not end for want of a picture."""
     try:
-        import minires.plots
-
-        getattr(minires.plots, plot)(*args)
-    except ModuleNotFoundError:
-        pass
+        getattr(plots, plot)(*args)
+    except ImportError as error:
+        if getattr(error, "name", None) != "matplotlib":
+            print(f"no picture {args[-1]}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

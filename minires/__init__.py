@@ -11,6 +11,7 @@ from minires.optim import SGD, Adam, constant, cosine, one_cycle
 from minires.resnet import BasicBlock, ResNet
 from minires.summary import summary
 from minires.gradcheck import check_gradients
+from minires import cifar10, augment, evaluate, checkpoint
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -37,4 +38,8 @@ __all__ = [  # noqa: RUF022
     "ResNet",
     "summary",
     "check_gradients",
+    "cifar10",
+    "augment",
+    "evaluate",
+    "checkpoint",
 ]

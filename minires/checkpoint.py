@@ -12,6 +12,8 @@ import json
 import os
 import pathlib
 
+import numpy as np
+
 from minires.resnet import ResNet
 
 
@@ -29,20 +31,25 @@ def save_weights(path, model, metadata=None):
     import safetensors.numpy
 
     path = pathlib.Path(path)
-    content = safetensors.numpy.save(model.state_dict(), {"minires": json.dumps(metadata or {})})
+    metadata = (metadata or {}) | {"shortcut": model.has_shortcut}
+    content = safetensors.numpy.save(model.state_dict(), {"minires": json.dumps(metadata)})
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_model(path):
     """Build the ResNet whose weights are in a safetensors file, written by `save_weights` or from PyTorch.
 
     Returns     the model, in evaluation mode, on the CPU; the metadata, {} where there is none
-    Raises      CheckpointError for a file that cannot be read, is damaged, or holds another network
+    Raises      CheckpointError for a file that cannot be read, is damaged, or holds another network or values that are
+                not finite
     """
     import safetensors
 
@@ -50,10 +57,17 @@ def load_model(path):
         with safetensors.safe_open(path, framework="numpy") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             metadata = json.loads((file.metadata() or {}).get("minires", "{}"))
-        return ResNet.from_state_dict(state).eval(), metadata
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except TypeError as error:  # NumPy has no bfloat16
+        raise CheckpointError(f"{path} holds numbers that NumPy cannot read ({error}): save it in float32") from error
+    for name, array in state.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{path}: {name} holds values that are not finite")
+    try:
+        model = ResNet.from_state_dict(state, metadata.get("shortcut"))
+    except (ValueError, IndexError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(f"{path} holds no network that minires can build: {error}") from error
+    return model.eval(), metadata

@@ -38,17 +38,24 @@ class Dataset(NamedTuple):
     test_labels: np.ndarray
 
 
-def load(directory):
+def load(directory=None):
     """Read the whole of CIFAR-10 from the six official binary files.
 
-    Args        directory: the folder with the files, or the one in which the official archive was unpacked
+    Args        directory: the folder with the files, or the one in which the official archive was unpacked; None for
+                the default, $MINIRES_DATA or else ~/.cache/minires
     Returns     a Dataset
     Raises      DataError for a file that is missing, cannot be read, has the wrong size or a label above 9
     """
-    directory = pathlib.Path(directory)
-    if (directory / FOLDER).is_dir():
-        directory = directory / FOLDER
-    return _read_files(directory, TRAIN_FILES, RECORDS, TEST_FILES, RECORDS)
+    folder = pathlib.Path(directory or default_directory())
+    places = [folder, folder / FOLDER]
+    found = next((place for place in places if (place / TEST_FILES[0]).exists()), None)
+    if not directory and not found:
+        raise DataError(
+            f"no CIFAR-10 in {folder}. Three ways out: unpack cifar-10-binary.tar.gz from "
+            "https://www.cs.toronto.edu/~kriz/cifar.html there, name the folder that has it by --data DIR (or "
+            "MINIRES_DATA), or try the built-in sample by --data sample"
+        )
+    return _read_files(found or folder, TRAIN_FILES, RECORDS, TEST_FILES, RECORDS)
 
 
 def load_sample():
@@ -104,7 +111,7 @@ def _read(path, count):
     try:
         data = np.frombuffer(path.read_bytes(), np.uint8)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; expected the official binary files of CIFAR-10 there") from None
+        raise DataError(f"{path} is missing; expected the six official binary files of CIFAR-10 there") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if data.size != count * RECORD_BYTES:

@@ -8,18 +8,19 @@ from minires.loss import SoftmaxCrossEntropy
 
 
 def predict_logits(model, images, mean, std, batch_size=200):
-    """Run images through a model in evaluation mode, a batch at a time; the model's mode is restored.
+    """Run images through a model in evaluation mode, a batch at a time; each part's mode is restored.
 
     Shapes      images (N, H, W, 3) uint8, on host or device  ->  logits (N, K), on the host
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     device = "cpu" if array_module(model.parameters()[0].data) is np else "gpu"
     try:
         batches = [to_device(images[i : i + batch_size], device) for i in range(0, len(images), batch_size)]
         return np.concatenate([to_numpy(model(normalize(batch, mean, std))) for batch in batches])
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def evaluate(model, images, labels, mean, std, batch_size=200):

@@ -43,16 +43,23 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
 
     Args        layer: what has forward and backward; x: its input, of any real dtype; args: further inputs of forward,
                 passed on as they are; steps: the values of h, in units of the root mean square of the array that is
-                moved; seed: for dout and the directions
+                moved (at least 0.1); seed: for dout and the directions
+    Limits      one input array and one output array; not at a point where the function has a kink, as ReLU has at 0
     Returns     {"x": relative error, name of the parameter: relative error, ...}; an error is |claim - truth| over the
                 larger of the two, or over |gradient|, the size to expect, where chance makes both small
-    Raises      AssertionError that names the wrong gradients; also if forward writes to x, or backward to dout
+    Raises      AssertionError that names the wrong gradients; also if forward writes to x, or backward to dout, or if
+                it sets a parameter's gradient where it should add to it
+                ValueError for an x that is not finite
     """
     title = type(layer).__name__
     layer = copy.deepcopy(layer)
     if isinstance(layer, Module):
         layer.train().to(dtype=np.float64)
+        for parameter in layer.parameters():
+            parameter.grad[...] = 0
     x = np.array(x, dtype=np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("check_gradients: x holds values that are not finite")
     rng = np.random.default_rng([seed, *b"check_gradients"])  # or an x drawn from the same seed would be its own dout
 
     worker = copy.deepcopy(layer)
@@ -63,14 +70,15 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
     gradients = {"x": worker.backward(dout)}
     assert np.array_equal(x, x_before), f"{title}: forward or backward changed x, which belongs to the caller"
     assert np.array_equal(dout, dout_before), f"{title}: backward changed dout, which belongs to the caller"
-    assert gradients["x"].shape == x.shape, f"{title}: dx has shape {gradients['x'].shape}, x has {x.shape}"
+    assert np.shape(gradients["x"]) == x.shape, f"{title}: dx has shape {np.shape(gradients['x'])}, x has {x.shape}"
     if isinstance(layer, Module):
         gradients |= {name: parameter.grad for name, parameter in worker.named_parameters()}
+        check_that_gradients_add_up(title, layer, worker, x, args, dout)
 
     errors, complaints = {}, []
     for name, gradient in gradients.items():
         array = x if name == "x" else dict(layer.named_parameters())[name].data
-        unit = np.sqrt(np.mean(array**2)) or 1.0
+        unit = max(np.sqrt(np.mean(array**2)), 0.1)
         direction = unit * rng.standard_normal(array.shape)
         claim = np.sum(gradient * direction)
         errors[name] = math.inf
@@ -88,6 +96,23 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
             )
     assert not complaints, f"{title}: " + "; ".join(complaints)
     return errors
+
+
+def check_that_gradients_add_up(title, layer, worker, x, args, dout):
+    """Start a second copy from the gradients of the first: its backward has to double them."""
+    second = copy.deepcopy(layer)
+    pairs = list(zip(worker.named_parameters(), second.parameters(), strict=True))
+    for (name, once), twice in pairs:
+        assert once.grad.shape == once.data.shape, (
+            f"{title}: the gradient of {name} has shape {once.grad.shape}, {name} has {once.data.shape}"
+        )
+        twice.grad = once.grad.copy()
+    second.forward(x, *args)
+    second.backward(dout)
+    for (name, once), twice in pairs:
+        assert np.allclose(twice.grad, 2 * once.grad, rtol=1e-6), (
+            f"{title}: backward sets the gradient of {name}; it should add to it"
+        )
 
 
 def loss_along(layer, x, args, dout, name, change):

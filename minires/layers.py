@@ -6,6 +6,7 @@ numbers differ from run to run.
 """
 
 import math
+import numbers
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Dropout(Module):
     def __init__(self, p=0.5, *, rng=None):
         if not 0 <= p < 1:
             raise ValueError(f"Dropout: p must be at least 0 and below 1, got {p}")
-        self.p = p
+        self.p = float(p)  # a NumPy float64 would turn what it touches into float64
         self.key = int(np.random.default_rng(rng).integers(2**64, dtype=np.uint64))
         self.step = 0
 
@@ -69,12 +70,13 @@ class Linear(Module):
     Shapes      x (N, in_features)  ->  out (N, out_features)
     Cached      x: its own gradient needs only the weights, the weights' gradient needs x
     Limits      two dimensions; flatten images first
-    Raises      ValueError for an x of another width or dtype
+    Raises      ValueError for sizes below 1, and for an x of another width or dtype
     Source      PyTorch's Linear, its initialisation included: uniform within 1 / sqrt(in_features). Here weight is
                 stored (in, out), so that the forward pass is one product without a transpose
     """
 
     def __init__(self, in_features, out_features, bias=True, *, rng=None):
+        _check_whole("Linear", in_features=in_features, out_features=out_features)
         rng = np.random.default_rng(rng)
         self.in_features, self.out_features = in_features, out_features
         bound = 1 / math.sqrt(in_features)
@@ -133,13 +135,16 @@ class BatchNorm2d(Module):
                     running = (1 - momentum) running + momentum batch, with the unbiased variance
                 evaluation: the running statistics, and nothing is kept
     Args        num_features: C; eps: added to the variance; momentum: the weight of the newest batch, from 0 to 1
-    Raises      ValueError for an x of another shape or dtype, for a residual that does not match, and in training for a
-                batch with a single value in each channel, which has no variance
+    Raises      ValueError for sizes outside these ranges, an x of another shape or dtype, a residual that does not
+                match, and in training for a batch with a single value in each channel, which has no variance
     Source      Ioffe and Szegedy 2015; biased and unbiased variance, eps and momentum as in PyTorch
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, *, relu=False):
-        self.num_features, self.eps, self.momentum, self.relu = num_features, eps, momentum, relu
+        _check_whole("BatchNorm2d", num_features=num_features)
+        if not (eps >= 0 and 0 <= momentum <= 1):
+            raise ValueError(f"BatchNorm2d: eps must be at least 0 and momentum from 0 to 1, got {eps} and {momentum}")
+        self.num_features, self.eps, self.momentum, self.relu = num_features, float(eps), float(momentum), relu
         self.weight = Parameter(np.ones(num_features, np.float32))
         self.bias = Parameter(np.zeros(num_features, np.float32))
         self.running_mean = Buffer(np.zeros(num_features, np.float32))
@@ -194,9 +199,10 @@ class Conv2d(Module):
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, rng=None):
-        for name, value, least in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"Conv2d: {name} must be a whole number of at least {least}, got {value!r}")
+        _check_whole(
+            "Conv2d", in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride
+        )
+        _check_whole("Conv2d", least=0, padding=padding)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -225,6 +231,12 @@ class Conv2d(Module):
         if self.bias:
             self.bias.grad += dbias
         return dx
+
+
+def _check_whole(layer, least=1, **sizes):
+    for name, value in sizes.items():
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{layer}: {name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _check_images(layer, x, channels):

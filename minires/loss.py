@@ -20,7 +20,7 @@ class SoftmaxCrossEntropy:
     def __init__(self, label_smoothing=0.0):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"SoftmaxCrossEntropy: label_smoothing must be from 0 to 1, got {label_smoothing}")
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = float(label_smoothing)
         self._cache = None
 
     def forward(self, logits, labels):

@@ -133,7 +133,10 @@ class Module:
         return self.train(False)
 
     def to(self, device=None, dtype=None):
-        """Move every parameter and buffer, with its gradient, to "cpu" or "gpu" or into a dtype; return the module."""
+        """Move every parameter and buffer, with its gradient, to "cpu" or "gpu" or into a dtype; return the module.
+
+        An optimizer keeps arrays beside the parameters': make it after the move.
+        """
         for _, value in self.named_state():
             value.to(device, dtype)
         return self
@@ -160,7 +163,7 @@ class Module:
                 expected = tuple(own[name].data.shape[axis] for axis in own[name].torch_axes)
                 if array.shape != expected:
                     errors.append(f"{name} has shape {array.shape}, expected {expected}")
-            elif not name.endswith(UNUSED_IN_PYTORCH_STATE):
+            elif name.rpartition(".")[2] != UNUSED_IN_PYTORCH_STATE:
                 errors.append(f"unexpected {name}")
         if errors:
             raise ValueError(f"the state does not fit this {type(self).__name__}: " + "; ".join(errors))
@@ -173,10 +176,13 @@ class Sequential(Module):
     """Modules one after the other; without any, the identity. The parts are named by their place: 0, 1, ...
 
     Args        layers: the modules, in order
+    Raises      TypeError for anything else
     """
 
     def __init__(self, *layers):
         for i, layer in enumerate(layers):
+            if not isinstance(layer, Module):
+                raise TypeError(f"Sequential takes modules one after the other, got {layer!r} in place {i}")
             setattr(self, str(i), layer)
 
     def layers(self):

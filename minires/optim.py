@@ -14,6 +14,7 @@ import math
 
 from minires.backend import array_module
 from minires.kernels import kernels_for
+from minires.module import Parameter
 
 
 class SGD:
@@ -92,6 +93,9 @@ def _checked_list(optimizer, params):
     params = list(params)
     if not params:
         raise ValueError(f"{optimizer}: params is empty, there is nothing to train")
+    for p in params:
+        if not isinstance(p, Parameter):
+            raise TypeError(f"{optimizer}: params must be Parameters, as in model.parameters(), got {type(p).__name__}")
     return params
 
 

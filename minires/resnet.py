@@ -69,11 +69,13 @@ class ResNet(Sequential):
     def __init__(
         self, blocks=(2, 1, 1, 1), channels=(64, 128, 256, 512), num_classes=10, dropout=0.5, shortcut=True, seed=0
     ):
+        blocks, channels = tuple(blocks), tuple(channels)
         if len(blocks) != len(channels) or not blocks or min(blocks) < 1:
             raise ValueError(
                 f"ResNet expects one number of blocks, at least 1, for each number of channels, got blocks={blocks} "
                 f"and channels={channels}"
             )
+        self.has_shortcut = shortcut
         rng = np.random.default_rng(seed)
         self.conv1 = Conv2d(3, channels[0], 3, padding=1, bias=False, rng=rng)
         self.bn1 = BatchNorm2d(channels[0], relu=True)
@@ -96,11 +98,12 @@ class ResNet(Sequential):
         return first.backward(dout, need_dx)
 
     @classmethod
-    def from_state_dict(cls, state):
+    def from_state_dict(cls, state, shortcut=None):
         """Build the network that a state_dict was taken from, minires's or PyTorch's, with its values.
 
-        Blocks, channels, classes and shortcuts are read from the names and shapes; dropout leaves no trace in a state,
-        so the network gets the default.
+        Blocks, channels and classes are read from the names and shapes; dropout leaves no trace in a state, so the
+        network gets the default. Shortcuts are seen by their projections, if shortcut is None; a network with a single
+        stage has none, and counts as residual then.
 
         Raises      ValueError if this is not the state of a ResNet
         """
@@ -115,7 +118,8 @@ class ResNet(Sequential):
                 + (", ".join(list(state)[:5]) or "nothing")
             )
         num_classes = state["linear.weight"].shape[0]
-        shortcut = len(blocks) == 1 or any(".shortcut." in name for name in state)
-        model = cls(tuple(blocks), tuple(channels), num_classes, shortcut=shortcut)
+        if shortcut is None:
+            shortcut = len(blocks) == 1 or any(".shortcut." in name for name in state)
+        model = cls(blocks, channels, num_classes, shortcut=shortcut)
         model.load_state_dict(state)
         return model

@@ -5,6 +5,8 @@ Source      torchsummary, for the columns, the order and the arithmetic of the s
 
 import math
 
+import numpy as np
+
 from minires.backend import array_module
 from minires.module import Parameter, Sequential
 
@@ -32,7 +34,7 @@ def summary(model, input_shape=(32, 32, 3)):
             rows.append((f"{type(module).__name__}-{len(rows) + 1}", shapes[module], own))
 
     total = model.num_parameters()
-    dtype_bytes = model.parameters()[0].data.itemsize
+    dtype_bytes = max((p.data.itemsize for p in model.parameters()), default=4)
     input_size = math.prod(input_shape) * dtype_bytes / MEGABYTE
     pass_size = 2 * sum(math.prod(shape) for _, shape, _ in rows) * dtype_bytes / MEGABYTE
     params_size = total * dtype_bytes / MEGABYTE
@@ -75,15 +77,15 @@ def output_shapes(model, input_shape):
 
         return recorded
 
-    modes = [(module, module.training) for module in model.modules()]
-    weight = model.parameters()[0].data
-    model.eval()
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    weight = next((p.data for p in model.parameters()), np.zeros(0, np.float32))
     try:
-        for module in model.modules():
+        for module, _ in attributes:
+            module.training = False
             module.forward = recording(module, module.forward)  # hides the method of the class
         model(array_module(weight).zeros((1, *input_shape), dtype=weight.dtype))
     finally:
-        for module, training in modes:
-            vars(module).pop("forward", None)
-            module.training = training
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
     return shapes

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from minires import ResNet
 from minires.checkpoint import CheckpointError, load_model, save_weights
@@ -14,7 +15,7 @@ def test_weights_and_metadata_come_back(tmp_path, rng):
     path = tmp_path / "model.safetensors"
     save_weights(path, model, {"epoch": 3, "mean": (0.5, 0.25)})
     loaded, metadata = load_model(path)
-    assert metadata == {"epoch": 3, "mean": [0.5, 0.25]}
+    assert metadata == {"epoch": 3, "mean": [0.5, 0.25], "shortcut": True}
     assert not loaded.training
     np.testing.assert_array_equal(loaded(x), model.eval()(x))
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
@@ -32,6 +33,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_weights(path, ResNet((1,), (4,), seed=2))
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
@@ -42,7 +44,41 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="damaged is no safetensors file, or a damaged one"):
         load_model(damaged)
-    safetensors_numpy = pytest.importorskip("safetensors.numpy")
-    safetensors_numpy.save_file({"features.weight": np.zeros(3)}, foreign)
-    with pytest.raises(CheckpointError, match=r"foreign: this is not the state of a minires\.ResNet"):
+    safetensors.numpy.save_file({"features.weight": np.zeros(3)}, foreign)
+    with pytest.raises(
+        CheckpointError, match=r"foreign holds no network.*: this is not the state of a minires\.ResNet"
+    ):
         load_model(foreign)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"linear.weight": np.zeros((), np.float32)}, "holds no network that minires can build"),
+        ({"layer1.0.conv1.weight": np.zeros((0, 4, 3, 3), np.float32)}, "holds no network that minires can build"),
+        ({"bn1.bias": np.zeros(5, np.float32)}, r"bn1\.bias has shape \(5,\), expected \(4,\)"),
+        ({"linear.bias": np.full(10, np.nan, np.float32)}, r"linear\.bias holds values that are not finite"),
+    ],
+)
+def test_states_that_make_no_network_are_named(tmp_path, change, message):
+    path = tmp_path / "odd.safetensors"
+    safetensors.numpy.save_file(ResNet((1,), (4,)).state_dict() | change, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(path)
+
+
+def test_numbers_that_numpy_does_not_know_are_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "bfloat16.safetensors"
+    safetensors_torch.save_file({"linear.weight": torch.zeros(3, dtype=torch.bfloat16)}, path)
+    with pytest.raises(CheckpointError, match=r"numbers that NumPy cannot read.*save it in float32"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_a_network_of_one_stage_comes_back_with_or_without_shortcuts(tmp_path, rng, shortcut):
+    model = ResNet((2,), (4,), shortcut=shortcut).eval()
+    save_weights(tmp_path / "model", model)
+    x = rng.standard_normal((2, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_array_equal(load_model(tmp_path / "model")[0](x), model(x))

@@ -64,7 +64,7 @@ def test_a_missing_file_is_named(tmp_path, two_records):
     write_files(tmp_path)
     (tmp_path / "data_batch_4.bin").unlink()
     with pytest.raises(
-        DataError, match=re.escape(f"{tmp_path / 'data_batch_4.bin'} is missing; expected the official")
+        DataError, match=re.escape(f"{tmp_path / 'data_batch_4.bin'} is missing; expected the six official")
     ):
         cifar10.load(tmp_path)
 
@@ -75,6 +75,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, two_records):
     (tmp_path / "test_batch.bin").mkdir()
     with pytest.raises(DataError, match=r"test_batch\.bin cannot be read: Is a directory"):
         cifar10.load(tmp_path)
+
+
+def test_an_empty_folder_inside_does_not_hide_the_files(tmp_path, two_records):
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    assert len(cifar10.load(write_files(tmp_path)).train_images) == 10
 
 
 def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -138,6 +143,10 @@ def test_a_split_divides_shuffles_and_repeats():
     assert (np.diff(train) < 0).mean() > 0.4
     np.testing.assert_array_equal(cifar10.split(50_000, seed=3)[0], train)
     assert (cifar10.split(50_000, seed=4)[0] != train).any()
+
+
+def test_a_split_rounds_to_whole_images():
+    assert [len(part) for part in cifar10.split(14)] == [11, 3]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, 0.01])

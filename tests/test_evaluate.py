@@ -14,6 +14,11 @@ def test_the_batch_size_does_not_matter_and_the_mode_is_restored():
     logits = predict_logits(model, images, MEAN, STD, batch_size=50)
     np.testing.assert_allclose(predict_logits(model, images, MEAN, STD, batch_size=7), logits, rtol=1e-4, atol=1e-5)
     assert model.training
+    model.bn1.eval()
+    predict_logits(model, images[:2], MEAN, STD)
+    assert model.training
+    assert not model.bn1.training
+    model.bn1.train()
     loss, accuracy = evaluate(model, images, labels, MEAN, STD, batch_size=7)
     assert accuracy == (logits.argmax(axis=1) == labels).mean()
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
 
-from minires import ResNet, backend
+from minires import Adam, ResNet, SoftmaxCrossEntropy, backend, cifar10, one_cycle
+from minires.augment import normalize, random_crop, random_flip
 from minires.checkpoint import load_model, save_weights
 from minires.cifar10 import load_sample
+from minires.evaluate import evaluate
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 SMALL_RUN = ["--data", "sample", "--epochs", "2", "--batch-size", "20", "--limit-batches", "2", "--device", "cpu"]
@@ -91,35 +94,92 @@ def test_the_variants_that_the_report_studies(tmp_path):
     assert [name for name, _ in model.named_parameters() if ".shortcut." in name or name.startswith("layer1.1")] == []
 
 
-def test_training_on_the_stand_in_for_a_gpu(strict_gpu, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """Run train_cifar.py in this process, where parts of it can be replaced; returns the run folder."""
     import train_cifar
 
-    assert backend.gpu_library() is strict_gpu
-    previous = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(
-        sys, "argv",
-        ["train_cifar.py", *SMALL_RUN, "--epochs", "1", "--device", "gpu", "--out", str(tmp_path / "run")],
-    )  # fmt: skip
-    try:
+    def train(*args):
+        monkeypatch.setattr(sys, "argv", ["train_cifar.py", *args, "--out", str(tmp_path / "run")])
         assert train_cifar.main() == 0
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        return tmp_path / "run"
+
+    previous = signal.getsignal(signal.SIGINT)
+    with warnings.catch_warnings():
+        yield train
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_training_on_the_stand_in_for_a_gpu(strict_gpu, in_process, capsys):
+    in_process(*SMALL_RUN, "--epochs", "1", "--device", "gpu")
     assert "device gpu" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_what_has_been_learned(tmp_path):
     folder = tmp_path / "run"
     process = start("train_cifar.py", "--data", "sample", "--batch-size", 20, "--device", "cpu", "--out", folder)
-    while not (folder / "config.json").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    process.stdout.readline()  # printed when all is ready
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
+    assert "ending after this step; Ctrl-C again ends at once, without saving" in err
     assert "Traceback" not in err
     assert "interrupted in epoch 1, after step" in out
     assert load_model(folder / "last.safetensors")[1]["step"] > 0
+
+
+def test_a_run_does_what_a_loop_written_apart_from_it_does(tmp_path):
+    """Zeroed gradients, augmentation by step, a new order each epoch, the schedule, running statistics."""
+    rate = ["--schedule", "one-cycle", "--lr", "0.01"]
+    code, _, err = run("train_cifar.py", *SMALL_RUN, *rate, "--seed", 3, "--out", tmp_path / "run")
+    assert code == 0, err
+    with open(tmp_path / "run" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+
+    data = load_sample()
+    training, validation = cifar10.split(1000, 0.2, seed=3)
+    model, loss_function = ResNet(seed=3), SoftmaxCrossEntropy()
+    optimizer = Adam(model.parameters())
+    step = 0
+    for epoch in (1, 2):
+        order = training[np.random.default_rng([3, epoch]).permutation(800)]
+        losses = []
+        for batch in (order[:20], order[20:40]):
+            images = random_flip(random_crop(data.train_images[batch], 3, step), 3, step)
+            for parameter in model.parameters():
+                parameter.grad[...] = 0
+            logits = model(normalize(images, cifar10.MEAN, cifar10.STD))
+            losses.append(float(loss_function(logits, data.train_labels[batch])))
+            model.backward(loss_function.backward())
+            optimizer.lr = one_cycle(step, 4, 0.01)
+            optimizer.step()
+            step += 1
+        row = rows[epoch - 1]
+        assert float(row["lr"]) == optimizer.lr
+        assert float(row["train_loss"]) == pytest.approx(np.mean(losses), rel=1e-6)
+        part = data.train_images[validation[:40]], data.train_labels[validation[:40]]
+        expected = evaluate(model, *part, cifar10.MEAN, cifar10.STD)
+        assert (float(row["validation_loss"]), float(row["validation_accuracy"])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_test_is_that_of_the_best_weights(in_process, monkeypatch):
+    """Let validation say that the first epoch was the better one, and see which weights the test is given."""
+    measured = []
+
+    def measure(model, *_):
+        measured.append(model.state_dict())
+        return float(len(measured)), 0.5
+
+    import train_cifar
+
+    monkeypatch.setattr(train_cifar, "evaluate", measure)
+    folder = in_process(*SMALL_RUN)
+    first, second, test = measured
+    assert all((test[name] == first[name]).all() for name in test)
+    assert (test["linear.bias"] != second["linear.bias"]).any()
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["best_epoch"], result["test_loss"]) == (1, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +188,7 @@ def test_ctrl_c_keeps_what_has_been_learned(tmp_path):
         (["--data", "/nowhere"], "error: /nowhere/data_batch_1.bin is missing"),
         (["--data", "sample", "--out", EXAMPLES], f"error: --out {EXAMPLES} exists and is not an empty folder"),
         (["--batch-size", "0"], "--batch-size: expected a whole number of at least 2, got 0"),
+        (["--seed", str(2**64)], f"--seed: expected a whole number of at least 0 and below {2**64}, got {2**64}"),
         (["--epochs", "x"], "--epochs: expected a whole number of at least 1, got x"),
         (["--lr", "-1"], "--lr: expected a number above 0, got -1"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got 1"),
@@ -143,7 +204,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(args, message):
 def test_without_data_the_three_ways_out_are_named(tmp_path):
     code, _, err = run("train_cifar.py", env={**os.environ, "MINIRES_DATA": str(tmp_path)})
     assert code == 2
-    assert err.startswith(f"error: no data in {tmp_path}. Three ways out: unpack cifar-10-binary.tar.gz")
+    assert err.startswith(f"error: no CIFAR-10 in {tmp_path}. Three ways out: unpack cifar-10-binary.tar.gz")
     assert "--data DIR" in err
     assert "--data sample" in err
     assert len(err.splitlines()) == 1
@@ -193,6 +254,28 @@ def test_predict_names_the_three_most_probable_classes(checkpoint, tmp_path):
     percentages = [float(part.split()[-1].rstrip("%")) for part in lines[0].split(": ")[1].split(", ")]
     assert len(percentages) == 3
     assert percentages == sorted(percentages, reverse=True)
+
+
+def test_pictures_of_every_kind_become_the_pixels_they_show(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    from predict import read_image
+
+    grey = np.full((32, 32), 128)
+    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "16 bits.png")
+    Image.fromarray(grey.astype(np.uint8)).convert("P").save(tmp_path / "palette.png")
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "transparent.png")
+    Image.fromarray(load_sample().test_images[0]).save(tmp_path / "as it is.png")
+    assert (read_image(tmp_path / "16 bits.png") == 128).all()
+    assert (read_image(tmp_path / "palette.png") == 128).all()
+    assert (read_image(tmp_path / "transparent.png") == 255).all()
+    np.testing.assert_array_equal(read_image(tmp_path / "as it is.png"), load_sample().test_images[0])
+
+
+def test_a_network_with_other_classes_is_refused(tmp_path):
+    path = tmp_path / "five.safetensors"
+    save_weights(path, ResNet((1,), (8,), num_classes=5))
+    code, _, err = run("evaluate.py", path, "--data", "sample")
+    assert (code, err) == (2, f"error: {path} tells 5 classes apart, CIFAR-10 has 10\n")
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "predict.py"])

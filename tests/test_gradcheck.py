@@ -105,3 +105,25 @@ def test_the_layer_is_left_alone(rng):
 
 def test_an_input_from_the_seed_of_the_check_is_not_its_own_dout():
     check_gradients(BatchNorm2d(6), np.random.default_rng(0).standard_normal((4, 8, 8, 6)))
+
+
+def test_setting_the_gradient_instead_of_adding_is_found(rng):
+    class Sets(Linear):
+        def backward(self, dout):
+            self.weight.grad[:] = 0
+            return super().backward(dout)
+
+    with pytest.raises(AssertionError, match="Sets: backward sets the gradient of weight; it should add to it"):
+        check_gradients(Sets(4, 3), rng.standard_normal((5, 4)))
+
+
+def test_gradients_from_before_do_not_matter(rng):
+    layer = Linear(4, 3, rng=rng)
+    for parameter in layer.parameters():
+        parameter.grad += 7
+    check_gradients(layer, rng.standard_normal((5, 4)))
+
+
+def test_an_input_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="x holds values that are not finite"):
+        check_gradients(Square(), np.array([1.0, np.nan]))

@@ -95,6 +95,20 @@ def test_convolutions_start_with_the_variance_of_he():
     assert (Conv2d(3, 4, 1).bias.data == 0).all()
 
 
+def test_linear_starts_as_in_pytorch():
+    layer = Linear(100, 400, rng=0)
+    for parameter in (layer.weight, layer.bias):
+        assert abs(parameter.data).max() <= 0.1
+        assert abs(parameter.data.std() / (0.1 / np.sqrt(3)) - 1) < 0.05
+
+
+def test_numpy_numbers_do_not_promote(rng):
+    x = rng.standard_normal((2, 4, 4, 3)).astype(np.float32)
+    tenth = np.float64(0.1)
+    for layer in (Dropout(tenth), BatchNorm2d(3, tenth, tenth)):
+        assert layer(x).dtype == layer.backward(x).dtype == layer.eval()(x).dtype == np.float32
+
+
 def test_a_seed_fixes_the_initial_weights():
     np.testing.assert_array_equal(Conv2d(3, 4, 3, rng=5).weight.data, Conv2d(3, 4, 3, rng=5).weight.data)
     assert (Linear(3, 4, rng=5).weight.data != Linear(3, 4, rng=6).weight.data).any()
@@ -127,6 +141,7 @@ def test_a_residual_that_does_not_match_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"kernel_size": 3, "in_channels": 0}, "in_channels must be a whole number of at least 1, got 0"),
         ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1, got 0"),
         ({"kernel_size": (3, 3)}, r"kernel_size must be a whole number of at least 1, got \(3, 3\)"),
         ({"kernel_size": 3, "stride": 0}, "stride must be a whole number of at least 1, got 0"),
@@ -135,4 +150,18 @@ def test_a_residual_that_does_not_match_is_named():
 )
 def test_convolution_sizes_that_are_none_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Conv2d(3, 4, **arguments)
+        Conv2d(**{"in_channels": 3, "out_channels": 4} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linear(0, 3), "Linear: in_features must be a whole number of at least 1, got 0"),
+        (lambda: BatchNorm2d(2.5), r"BatchNorm2d: num_features must be a whole number of at least 1, got 2\.5"),
+        (lambda: BatchNorm2d(3, eps=-1), "eps must be at least 0 and momentum from 0 to 1, got -1 and 0.1"),
+        (lambda: BatchNorm2d(3, momentum=2), "got 1e-05 and 2"),
+    ],
+)
+def test_other_sizes_that_are_none_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

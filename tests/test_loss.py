@@ -24,9 +24,19 @@ def test_float32_stays_float32():
     assert loss.backward().dtype == np.float32
 
 
-def test_backward_needs_forward():
+def test_one_forward_one_backward():
+    loss = SoftmaxCrossEntropy()
     with pytest.raises(RuntimeError, match="call forward first"):
-        SoftmaxCrossEntropy().backward()
+        loss.backward()
+    loss(np.zeros((2, 3)), np.array([0, 1]))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="call forward first"):
+        loss.backward()
+
+
+def test_a_numpy_number_does_not_promote():
+    loss = SoftmaxCrossEntropy(np.float64(0.1))
+    assert loss(np.zeros((3, 10), np.float32), np.array([1, 2, 3])).dtype == np.float32
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,20 @@ def test_nothing_is_kept_in_evaluation(rng):
     assert all(module._cache is None for module in layer.modules())
 
 
+def test_a_change_of_mode_drops_what_was_kept(rng):
+    layer = Linear(3, 2, rng=rng)
+    layer(np.ones((4, 3), np.float32))
+    layer.eval().train()
+    with pytest.raises(RuntimeError, match="call forward in training mode first"):
+        layer.backward(np.ones((4, 2), np.float32))
+
+
+@pytest.mark.parametrize("part", [[ReLU()], ReLU, 3])
+def test_a_sequential_takes_modules_only(part):
+    with pytest.raises(TypeError, match=r"takes modules one after the other, got .* in place 1"):
+        Sequential(ReLU(), part)
+
+
 class Nested(Module):
     def __init__(self):
         self.scale = Parameter(np.ones(2))

@@ -97,6 +97,11 @@ def test_values_outside_their_range_are_named(make, message):
         make(parameter(1.0))
 
 
+def test_arrays_and_names_are_no_parameters():
+    with pytest.raises(TypeError, match=r"Adam: params must be Parameters, as in model\.parameters\(\), got ndarray"):
+        Adam([np.zeros(3)])
+
+
 def test_schedules_begin_and_end_where_they_should():
     assert [constant(step, 10, 0.1) for step in (0, 5, 9)] == [0.1] * 3
     assert cosine(0, 10, 0.1) == 0.1

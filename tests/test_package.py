@@ -52,3 +52,9 @@ def test_the_line_counts_of_the_readme_are_true():
         if path.name != "__init__.py" or path.parent.name == "kernels"
     }
     assert listed == actual
+
+
+def test_the_code_of_the_readme_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(code, {})
+    assert "Total params: 4,977,226" in capsys.readouterr().out

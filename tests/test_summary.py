@@ -58,8 +58,10 @@ def test_the_table_equals_the_report():
 def test_the_model_is_left_as_it_was(rng):
     model = ResNet((1,), (4,))
     model.layer1.eval()
+    model.linear(np.ones((2, 4), np.float32))
     before = model.state_dict()
     summary(model)
+    model.linear.backward(np.ones((2, 10), np.float32))  # its cache is still there
     assert model.training
     assert not model.layer1.training
     assert all("forward" not in vars(module) for module in model.modules())
@@ -71,3 +73,7 @@ def test_any_sequential_has_a_table():
     table = summary(Sequential(Linear(6, 4), ReLU(), Dropout(), Linear(4, 2)), input_shape=(6,))
     assert [line.split()[0] for line in table.splitlines() if "[-1" in line] == ["Linear-1", "Linear-2"]
     assert f"Total params: {6 * 4 + 4 + 4 * 2 + 2}" in table
+
+
+def test_a_model_without_parameters_has_a_table():
+    assert "Total params: 0" in summary(Sequential(ReLU()), input_shape=(6,))
