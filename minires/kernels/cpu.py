@@ -1,0 +1,569 @@
+"""The kernels made fast on NumPy, for float32: the same names, arguments and meaning as in reference.py.
+
+Four ideas, each of which a reader can take alone:
+
+    threads     A kernel is cut into tasks that run side by side (see threads.py).
+    caches      A task works on pieces that fit a core's cache, and takes a piece through all its steps before the
+                next one comes. Memory is read and written about once, however many steps there are.
+    long rows   NumPy walks along the last axis fast and pays for every row. Per-channel vectors of 64 numbers make
+                short rows, so several rows are taken as one (`fold`).
+    Winograd    A 3x3 convolution with stride 1 needs a quarter of the multiplications (`winograd_conv2d`).
+
+What is not here is the reference's. The tests hold each function equal to its reference twin.
+"""
+
+import math
+
+import numpy as np
+
+from minires.kernels import reference
+from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
+    add_and_relu,
+    col2im,
+    dropout_backward,
+    dropout_forward,
+    dropout_mask,
+    global_avg_pool2d_forward,
+    im2col,
+    image_chunks,
+    output_size,
+    relu_backward,
+    relu_forward,
+    rsqrt,
+    softmax_cross_entropy_backward,
+    softmax_cross_entropy_forward,
+    sum_over_rows,
+)
+from minires.kernels.threads import one_blas_thread, run, scratch
+
+BLOCK = 2**15  # numbers in a piece for elementwise work: 128 KB, and a step touches three or four such pieces
+ROW = 2048  # numbers in a row that NumPy walks along; longer ones gain nothing
+GROUPS = 16  # tasks whose sums are kept apart: as many threads can share a convolution's weight gradient
+COLUMN_ROWS = 256  # rows of im2col in a piece: enough that the product is worth the reading of the weights
+TILES = 64  # tiles in a piece of a Winograd convolution, for the same reason
+TILES_AT_ONCE = 512  # tiles that exist at one time where the frequencies are shared out: bounds the memory
+LARGE_WEIGHTS = 2**15  # C * O from which the 36 matrices of Winograd's weights no longer fit beside a piece
+
+
+def linear_forward(x, weight, bias=None):
+    """See `reference.linear_forward`."""
+    with one_blas_thread():
+        return reference.linear_forward(x, weight, bias)
+
+
+def linear_backward(dout, x, weight):
+    """See `reference.linear_backward`."""
+    with one_blas_thread():
+        return reference.linear_backward(dout, x, weight)
+
+
+def global_avg_pool2d_backward(dout, x_shape):
+    """See `reference.global_avg_pool2d_backward`."""
+    N, H, W, _ = x_shape
+    dx = np.empty(x_shape, dout.dtype)
+
+    def fill(n):
+        dx[n] = dout[n] / (H * W)
+
+    run(fill, [slice(n, n + GROUPS) for n in range(0, N, GROUPS)] if H * W == 1 else range(N))
+    return dx
+
+
+def fold(C, M):
+    """Return how many of M rows of C numbers to take as one, so that a row has up to ROW numbers."""
+    return math.gcd(M, max(1, ROW // C))
+
+
+def blocks(rows, row_size, size=None):
+    """Cut rows of row_size numbers into slices of about BLOCK numbers."""
+    step = max(1, (size or BLOCK) // row_size)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def column_sums(x):
+    """Sum over rows. A matrix product with ones is the fastest way.
+
+    Shapes      x (rows, C)  ->  (C,)
+    """
+    return np.ones(len(x), x.dtype) @ x
+
+
+def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
+    """See `reference.batch_norm_forward`. Two passes over memory: one for mean and variance, one for the output.
+
+    Why         A block of rows has a mean m_b of its own and a sum of squares around it, both found while the block is
+                in the cache. Around the mean of all rows, the block's sum of squares is larger by n_b (m_b - mean)^2.
+
+    Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"
+    """
+    C = x.shape[-1]
+    M = x.size // C
+    f = fold(C, M)
+    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
+
+    def statistics(block):
+        n = (block.stop - block.start) * f
+        block_mean = unfold_sum(column_sums(rows[block]), C) / n  # (C,)
+        centred = np.subtract(rows[block], np.tile(block_mean, f).astype(x.dtype), out=block_scratch("a", rows[block]))
+        squares = np.multiply(centred, centred, out=centred)
+        return n, block_mean, unfold_sum(column_sums(squares), C)
+
+    counts, means, squares = zip(*run(statistics, blocks(*rows.shape)), strict=True)
+    counts, means, squares = np.array(counts)[:, None], np.stack(means), np.stack(squares)  # (blocks, C), float64
+    mean = (counts * means).sum(axis=0) / M  # (C,)
+    var = (squares + counts * (means - mean) ** 2).sum(axis=0) / M  # (C,)
+    mean, var = mean.astype(x.dtype), var.astype(x.dtype)
+    return batch_norm_inference(x, weight, bias, mean, var, eps, residual, relu), mean, var
+
+
+def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=False):
+    """See `reference.batch_norm_inference`. One pass over memory."""
+    C = x.shape[-1]
+    M = x.size // C
+    f = fold(C, M)
+    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
+    residual_rows = None if residual is None else np.ascontiguousarray(residual).reshape(rows.shape)
+    out = np.empty(rows.shape, x.dtype)
+    mean, scale, bias = (np.tile(v, f) for v in (mean, weight * rsqrt(var, eps), bias))  # (f*C,)
+    zeros = np.zeros_like(mean)
+
+    def normalise(block):
+        piece = np.subtract(rows[block], mean, out=out[block])
+        piece *= scale
+        piece += bias
+        if residual is not None:
+            piece += residual_rows[block]
+        if relu:
+            np.maximum(piece, zeros, out=piece)
+
+    run(normalise, blocks(*rows.shape))
+    return out.reshape(x.shape)
+
+
+def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
+    """See `reference.batch_norm_backward`. Two passes over memory: one for the two sums, one for dx."""
+    C = x.shape[-1]
+    M = x.size // C
+    f = fold(C, M)
+    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
+    dout_rows = np.ascontiguousarray(dout).reshape(rows.shape)
+    out_rows = np.ascontiguousarray(out).reshape(rows.shape) if relu else None
+    g = np.empty_like(rows) if relu else dout_rows
+    dx = np.empty_like(rows)
+    rstd = rsqrt(var, eps)  # (C,)
+    mean = np.tile(mean, f)
+
+    def sums(block):
+        if relu:
+            np.multiply(dout_rows[block], out_rows[block] > 0, out=g[block])
+        product = np.subtract(rows[block], mean, out=block_scratch("a", rows[block]))
+        product *= g[block]
+        return unfold_sum(column_sums(g[block]), C), unfold_sum(column_sums(product), C)
+
+    dbias, dscale = np.sum(run(sums, blocks(*rows.shape)), axis=0)  # (C,) each, float64
+    dweight = dscale * rstd
+
+    along_x = np.tile(-weight * rstd * rstd * dweight / M, f).astype(x.dtype)
+    along_1 = np.tile(-weight * rstd * dbias / M, f).astype(x.dtype)
+    scale = np.tile(weight * rstd, f)
+
+    def input_gradient(block):
+        piece = np.subtract(rows[block], mean, out=dx[block])
+        piece *= along_x
+        piece += along_1
+        piece += np.multiply(g[block], scale, out=block_scratch("a", piece))
+
+    run(input_gradient, blocks(*rows.shape))
+    return dx.reshape(x.shape), dweight.astype(x.dtype), dbias.astype(x.dtype), g.reshape(x.shape)
+
+
+def block_scratch(name, like):
+    return scratch(name, like.shape, like.dtype)
+
+
+def unfold_sum(row, C):
+    """Sum the parts of a folded row, in float64.
+
+    Shapes      row (f*C,)  ->  (C,)
+    """
+    return row.reshape(-1, C).sum(axis=0, dtype=np.float64)
+
+
+def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
+    """See `reference.conv2d_forward`. Winograd's way where it serves, else im2col, a few images at a time."""
+    x = np.ascontiguousarray(x)
+    out = (
+        winograd_conv2d(x, weight)
+        if is_for_winograd(weight, stride, padding)
+        else im2col_conv2d(x, weight, stride, padding)
+    )
+    if bias is not None:
+        out += bias
+    return out
+
+
+def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True):
+    """See `reference.conv2d_backward`."""
+    x, dout = np.ascontiguousarray(x), np.ascontiguousarray(dout)
+    dbias = row_sums(dout)
+    if is_for_winograd(weight, stride, padding):
+        # x[y] meets out[y - 1 ... y + 1] through the window's last ... first row: dx is a convolution of dout with the
+        # window turned by 180 degrees, from O channels to C
+        dx = winograd_conv2d(dout, turned(weight)) if need_dx else None
+        return dx, winograd_weight_gradient(dout, x), dbias
+    dx, dweight = im2col_conv2d_backward(dout, x, weight, stride, padding, need_dx)
+    return dx, dweight, dbias
+
+
+def row_sums(x):
+    """Sum over every axis but the last, as `reference.sum_over_rows` does."""
+    C = x.shape[-1]
+    M = x.size // C
+    f = fold(C, M)
+    rows = x.reshape(M // f, f * C)
+    return np.sum(run(lambda block: unfold_sum(column_sums(rows[block]), C), blocks(*rows.shape)), axis=0).astype(
+        x.dtype
+    )
+
+
+def chunks_of_images(N, rows_per_image, rows):
+    """Cut N images into slices of about `rows` rows."""
+    n = max(1, rows // rows_per_image)
+    return [slice(start, min(start + n, N)) for start in range(0, N, n)]
+
+
+def groups_of(chunks):
+    """Share chunks out to at most GROUPS lists of neighbours."""
+    size = -(-len(chunks) // GROUPS)
+    return [chunks[start : start + size] for start in range(0, len(chunks), size)]
+
+
+def sum_of_groups(partial):
+    """Add the partial sums of groups, in their order.
+
+    Shapes      partial (groups, ...)  ->  (...)
+    """
+    flat = partial.reshape(len(partial), -1)
+    total = np.empty(flat.shape[1], flat.dtype)
+    run(lambda part: np.add.reduce(flat[:, part], axis=0, out=total[part]), blocks(total.size, 1))
+    return total.reshape(partial.shape[1:])
+
+
+def padded_images(x, padding, height, width):
+    """Copy images into scratch memory, at (padding, padding) of a frame of zeros.
+
+    Shapes      x (n, H, W, C)  ->  (n, height, width, C)
+    """
+    n, H, W, C = x.shape
+    padded = scratch("padded", (n, height, width, C))
+    padded[:, :padding] = 0
+    padded[:, padding + H :] = 0
+    padded[:, padding : padding + H, :padding] = 0
+    padded[:, padding : padding + H, padding + W :] = 0
+    padded[:, padding : padding + H, padding : padding + W] = x
+    return padded
+
+
+def columns_of(x, kernel_size, stride, padding, out_size):
+    """im2col into scratch memory.
+
+    Shapes      x (n, H, W, C)  ->  columns (n, oh, ow, kh, kw, C)
+    """
+    (kh, kw), (oh, ow) = kernel_size, out_size
+    n, H, W, C = x.shape
+    if padding:
+        x = padded_images(x, padding, H + 2 * padding, W + 2 * padding)
+    per_image, per_row, per_pixel, per_channel = x.strides
+    windows = np.lib.stride_tricks.as_strided(
+        x,
+        (n, oh, ow, kh, kw, C),
+        (per_image, per_row * stride, per_pixel * stride, per_row, per_pixel, per_channel),
+    )
+    if (kh, kw, stride, padding) == (1, 1, 1, 0):
+        return windows
+    columns = scratch("columns", windows.shape)
+    np.copyto(columns, windows)
+    return columns
+
+
+def im2col_conv2d(x, weight, stride, padding):
+    """`reference.conv2d_forward` by im2col, chunks of images shared out to threads.
+
+    Shapes      x (N, H, W, C), weight (kh, kw, C, O)  ->  out (N, oh, ow, O)
+    """
+    kh, kw, C, O = weight.shape
+    N, H, W, _ = x.shape
+    oh, ow = output_size(H, kh, stride, padding), output_size(W, kw, stride, padding)
+    weight_rows = np.ascontiguousarray(weight).reshape(-1, O)  # (kh*kw*C, O)
+    out = np.empty((N, oh, ow, O), x.dtype)
+
+    def convolve(images):
+        columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))  # (n, oh, ow, kh, kw, C)
+        np.matmul(columns.reshape(-1, len(weight_rows)), weight_rows, out=out[images].reshape(-1, O))
+
+    run(convolve, chunks_of_images(N, oh * ow, COLUMN_ROWS))
+    return out
+
+
+def im2col_conv2d_backward(dout, x, weight, stride, padding, need_dx):
+    """dx and dweight of `reference.conv2d_backward` by im2col, chunks of images shared out to threads.
+
+    Shapes      dout (N, oh, ow, O), x (N, H, W, C), weight (kh, kw, C, O)
+                ->  dx (N, H, W, C) or None, dweight (kh, kw, C, O)
+    """
+    kh, kw, C, O = weight.shape
+    N, H, W, _ = x.shape
+    _, oh, ow, _ = dout.shape
+    weight_columns = np.ascontiguousarray(weight.reshape(-1, O).T)  # (O, kh*kw*C)
+    groups = groups_of(chunks_of_images(N, oh * ow, COLUMN_ROWS))
+    partial = np.empty((len(groups), kh * kw * C, O), x.dtype)
+    dx = np.empty_like(x) if need_dx else None
+
+    def send_back(group):
+        for images in groups[group]:
+            columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))  # (n, oh, ow, kh, kw, C)
+            rows = columns.reshape(-1, kh * kw * C)
+            dout_rows = dout[images].reshape(-1, O)  # (n*oh*ow, O)
+            if images is groups[group][0]:
+                np.matmul(rows.T, dout_rows, out=partial[group])
+            else:
+                partial[group] += np.matmul(rows.T, dout_rows, out=scratch("product", partial[group].shape))
+            if need_dx:
+                dcolumns = scratch("dcolumns", columns.shape)
+                np.matmul(dout_rows, weight_columns, out=dcolumns.reshape(rows.shape))
+                padded = scratch("padded", (len(columns), H + 2 * padding, W + 2 * padding, C))
+                padded[...] = 0
+                for h in range(kh):
+                    for w in range(kw):
+                        padded[:, h : h + oh * stride : stride, w : w + ow * stride : stride] += dcolumns[:, :, :, h, w]
+                dx[images] = padded[:, padding : padding + H, padding : padding + W]
+
+    run(send_back, range(len(groups)))
+    return dx, sum_of_groups(partial).reshape(weight.shape)
+
+
+# F(4, 3): four outputs of a filter with three taps, from six inputs
+INPUT = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ],
+    np.float32,
+)
+WEIGHT = np.array(
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+    np.float32,
+)
+OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32)
+
+
+def is_for_winograd(weight, stride, padding):
+    """Whether the convolution has a 3x3 window, stride 1 and padding 1, and channels enough to pay for the transforms."""
+    kh, kw, C, O = weight.shape
+    return (kh, kw, stride, padding) == (3, 3, 1, 1) and min(C, O) >= 16
+
+
+def turned(weight):
+    """Turn the window by 180 degrees and exchange channels in and out.
+
+    Shapes      weight (3, 3, C, O)  ->  (3, 3, O, C)
+    """
+    kh, kw, C, O = weight.shape
+    out = np.empty((kh, kw, O, C), weight.dtype)
+    run(
+        lambda part: np.copyto(out[:, :, :, part], weight[::-1, ::-1, part].transpose(0, 1, 3, 2)),
+        blocks(C, kh * kw * O),
+    )
+    return out
+
+
+def winograd_conv2d(x, weight):
+    """A 3x3 convolution with stride 1 and padding 1, by tiles of 4x4 outputs and a quarter of the multiplications.
+
+    Shapes      x (N, H, W, C), weight (3, 3, C, O)  ->  out (N, H, W, O)
+    """
+    N, H, W, C = x.shape
+    O = weight.shape[3]
+    th, tw = -(-H // 4), -(-W // 4)  # tiles down and across
+    out = np.empty((N, H, W, O), x.dtype)
+    U = weight_transform(weight)  # (36, C, O)
+
+    if C * O < LARGE_WEIGHTS:
+
+        def convolve(images):
+            tiles = (images.stop - images.start) * th * tw
+            V = scratch("V", (36, tiles, C))
+            input_transform(x[images], V)
+            M = np.matmul(V, U, out=scratch("M", (36, tiles, O)))
+            output_transform(M, out[images])
+
+        run(convolve, chunks_of_images(N, th * tw, TILES))
+        return out
+
+    for part in chunks_of_images(N, th * tw, TILES_AT_ONCE):
+        n = part.stop - part.start
+        V, M = scratch("all V", (36, n * th * tw, C)), scratch("all M", (36, n * th * tw, O))
+        chunks = chunks_of_images(n, th * tw, TILES // 4)
+        tiles = {chunk.start: slice(chunk.start * th * tw, chunk.stop * th * tw) for chunk in chunks}
+        x_part, out_part = x[part], out[part]
+        run(lambda chunk: input_transform(x_part[chunk], V[:, tiles[chunk.start]]), chunks)
+        run(lambda f: np.matmul(V[f], U[f], out=M[f]), range(36))
+        run(lambda chunk: output_transform(M[:, tiles[chunk.start]], out_part[chunk]), chunks)
+    return out
+
+
+def winograd_weight_gradient(dout, x):
+    """dweight of `winograd_conv2d`.
+
+    Shapes      dout (N, H, W, O), x (N, H, W, C)  ->  dweight (3, 3, C, O)
+    """
+    N, H, W, C = x.shape
+    O = dout.shape[3]
+    th, tw = -(-H // 4), -(-W // 4)
+
+    if C * O < LARGE_WEIGHTS:
+        groups = groups_of(chunks_of_images(N, th * tw, 2 * TILES))
+        partial = np.empty((len(groups), 36, C, O), x.dtype)
+
+        def add_up(group):
+            for images in groups[group]:
+                tiles = (images.stop - images.start) * th * tw
+                V, dM = scratch("V", (36, tiles, C)), scratch("M", (36, tiles, O))
+                input_transform(x[images], V)
+                output_transform_backward(dout[images], dM)
+                if images is groups[group][0]:
+                    np.matmul(V.transpose(0, 2, 1), dM, out=partial[group])
+                else:
+                    partial[group] += np.matmul(V.transpose(0, 2, 1), dM, out=scratch("product", (36, C, O)))
+
+        run(add_up, range(len(groups)))
+        return weight_transform_backward(sum_of_groups(partial))
+
+    dU = np.empty((36, C, O), x.dtype)
+    for part in chunks_of_images(N, th * tw, TILES_AT_ONCE):
+        n = part.stop - part.start
+        V, dM = scratch("all V", (36, n * th * tw, C)), scratch("all M", (36, n * th * tw, O))
+        chunks = chunks_of_images(n, th * tw, TILES // 4)
+        tiles = {chunk.start: slice(chunk.start * th * tw, chunk.stop * th * tw) for chunk in chunks}
+        x_part, dout_part = x[part], dout[part]
+        run(lambda chunk: input_transform(x_part[chunk], V[:, tiles[chunk.start]]), chunks)
+        run(lambda chunk: output_transform_backward(dout_part[chunk], dM[:, tiles[chunk.start]]), chunks)
+        if part.start == 0:
+            run(lambda f: np.matmul(V[f].T, dM[f], out=dU[f]), range(36))
+        else:
+            run(lambda f: np.add(dU[f], V[f].T @ dM[f], out=dU[f]), range(36))
+    return weight_transform_backward(dU)
+
+
+def weight_transform(weight):
+    """U = WEIGHT weight WEIGHT.T for every pair of channels.
+
+    Shapes      weight (3, 3, C, O)  ->  U (36, C, O)
+    """
+    _, _, C, O = weight.shape
+    both = np.kron(WEIGHT, WEIGHT)  # (36, 9): the two products with WEIGHT as one
+    taps = np.ascontiguousarray(weight).reshape(9, C * O)
+    U = np.empty((36, C * O), weight.dtype)
+    run(lambda part: np.matmul(both, taps[:, part], out=U[:, part]), blocks(C * O, 36, size=8 * BLOCK))
+    return U.reshape(36, C, O)
+
+
+def weight_transform_backward(dU):
+    """dweight = WEIGHT.T dU WEIGHT, the adjoint of `weight_transform`.
+
+    Shapes      dU (36, C, O)  ->  dweight (3, 3, C, O)
+    """
+    _, C, O = dU.shape
+    both = np.ascontiguousarray(np.kron(WEIGHT, WEIGHT).T)  # (9, 36)
+    products = dU.reshape(36, C * O)
+    dweight = np.empty((9, C * O), dU.dtype)
+    run(lambda part: np.matmul(both, products[:, part], out=dweight[:, part]), blocks(C * O, 36, size=8 * BLOCK))
+    return dweight.reshape(3, 3, C, O)
+
+
+def tile_axes(V, n, th, tw):
+    """See (36, n*th*tw, C) as (n, th, 6, tw, 6, C): the order in which tiles lie in the images."""
+    return V.reshape(6, 6, n, th, tw, V.shape[-1]).transpose(2, 3, 0, 4, 1, 5)
+
+
+def input_transform(x, V):
+    """V = INPUT tile INPUT.T for every tile of 6x6 pixels and every channel; the tiles overlap by two pixels.
+
+    The tiles are not copied out: a view shows them where they lie, first their rows, then their columns.
+
+    Shapes      x (n, H, W, C)  ->  V (36, n*th*tw, C)
+    """
+    n, H, W, C = x.shape
+    th, tw = -(-H // 4), -(-W // 4)
+    width = 4 * tw + 2
+    padded = padded_images(x, 1, 4 * th + 2, width)
+    per_image, per_row, per_pixel, per_channel = padded.strides
+    rows = np.lib.stride_tricks.as_strided(
+        padded, (n, th, 6, width * C), (per_image, 4 * per_row, per_row, per_channel)
+    )
+    half = np.matmul(INPUT, rows, out=scratch("half", rows.shape))  # (n, th, 6, width*C)
+    per_row = width * C * half.itemsize
+    columns = np.lib.stride_tricks.as_strided(
+        half,
+        (n, th, 6, tw, 6, C),
+        (6 * th * per_row, 6 * per_row, per_row, 4 * per_pixel, per_pixel, per_channel),
+    )
+    np.matmul(INPUT, columns, out=tile_axes(V, n, th, tw))
+
+
+def output_transform(M, out):
+    """out = OUTPUT m OUTPUT.T for every tile m of 6x6 products: tiles of 4x4 pixels, side by side.
+
+    Shapes      M (36, n*th*tw, O)  ->  out (n, H, W, O)
+    """
+    n, H, W, O = out.shape
+    th, tw = -(-H // 4), -(-W // 4)
+    half = scratch("half", (n, th, 6, tw, 4, O))
+    np.matmul(OUTPUT, tile_axes(M, n, th, tw), out=half)
+    whole = out if (H, W) == (4 * th, 4 * tw) else scratch("whole", (n, 4 * th, 4 * tw, O))
+    np.matmul(OUTPUT, half.reshape(n, th, 6, -1), out=whole.reshape(n, th, 4, -1))
+    if whole is not out:
+        out[...] = whole[:, :H, :W]
+
+
+def output_transform_backward(dout, dM):
+    """dm = OUTPUT.T dout OUTPUT for every tile of 4x4 pixels: the adjoint of `output_transform`.
+
+    Shapes      dout (n, H, W, O)  ->  dM (36, n*th*tw, O)
+    """
+    n, H, W, O = dout.shape
+    th, tw = -(-H // 4), -(-W // 4)
+    if (H, W) != (4 * th, 4 * tw):
+        dout = padded_images(dout, 0, 4 * th, 4 * tw)
+    half = scratch("half", (n, th, 6, tw, 4, O))
+    np.matmul(OUTPUT.T, dout.reshape(n, th, 4, -1), out=half.reshape(n, th, 6, -1))
+    np.matmul(OUTPUT.T, half, out=tile_axes(dM, n, th, tw))
+
+
+def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+    """See `reference.sgd_update`. A block at a time, so that what the steps in between make stays in the cache."""
+    update_blocks(reference.sgd_update, (param, grad, velocity), lr, momentum, nesterov, weight_decay)
+
+
+def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0):
+    """See `reference.adam_update`. A block at a time, so that what the steps in between make stays in the cache."""
+    update_blocks(reference.adam_update, (param, grad, m, v), step, lr, betas, eps, weight_decay)
+
+
+def update_blocks(update, arrays, *settings):
+    """Call an update of the reference for block after block of its arrays, which are of one shape or None."""
+    if not all(a is None or a.flags.c_contiguous for a in arrays):
+        return update(*arrays, *settings)
+    flat = [a if a is None else a.reshape(-1) for a in arrays]
+    run(lambda b: update(*(a if a is None else a[b] for a in flat), *settings), blocks(flat[0].size, 1))
