@@ -1,11 +1,11 @@
 """How weights move: SGD and Adam, and the learning rate as a plain function of the step.
 
-optimizer = Adam(model.parameters(), lr=1e-3)
-for step in range(total_steps):
-    optimizer.lr = cosine(step, total_steps, 1e-3)
-    optimizer.zero_grad()
-    loss = ...                      # forward and backward fill every grad
-    optimizer.step()
+    optimizer = Adam(model.parameters(), lr=1e-3)
+    for step in range(total_steps):
+        optimizer.lr = cosine(step, total_steps, 1e-3)
+        optimizer.zero_grad()
+        loss = ...                      # forward and backward fill every grad
+        optimizer.step()
 """
 
 import math

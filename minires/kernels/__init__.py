@@ -55,5 +55,5 @@ def use(choice):
 
 def _checked(name, choice):
     if choice not in CHOICES:
-        raise ValueError(f"{name} must be one of {CHOICES}, got {choice!r}")
+        raise ValueError(f"{name} must be 'fast' or 'reference', got {choice!r}")
     return choice

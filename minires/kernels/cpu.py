@@ -17,6 +17,7 @@ import math
 import numpy as np
 
 from minires.kernels import reference
+from minires.kernels.memory import fresh, scratch
 from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     add_and_relu,
     col2im,
@@ -34,7 +35,7 @@ from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     softmax_cross_entropy_forward,
     sum_over_rows,
 )
-from minires.kernels.threads import one_blas_thread, run, scratch
+from minires.kernels.threads import one_blas_thread, run
 
 BLOCK = 2**15  # numbers in a piece for elementwise work: 128 KB, and a step touches three or four such pieces
 ROW = 2048  # numbers in a row that NumPy walks along; longer ones gain nothing
@@ -59,13 +60,14 @@ def linear_backward(dout, x, weight):
 
 def global_avg_pool2d_backward(dout, x_shape):
     """See `reference.global_avg_pool2d_backward`."""
-    N, H, W, _ = x_shape
-    dx = np.empty(x_shape, dout.dtype)
+    N, H, W, C = x_shape
+    share = dout / (H * W)  # (N, C)
+    dx = fresh(x_shape)
 
-    def fill(n):
-        dx[n] = dout[n] / (H * W)
+    def fill(images):
+        dx[images] = share[images, None, None]
 
-    run(fill, [slice(n, n + GROUPS) for n in range(0, N, GROUPS)] if H * W == 1 else range(N))
+    run(fill, chunks_of_images(N, H * W * C, BLOCK))
     return dx
 
 
@@ -94,7 +96,8 @@ def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
     Why         A block of rows has a mean m_b of its own and a sum of squares around it, both found while the block is
                 in the cache. Around the mean of all rows, the block's sum of squares is larger by n_b (m_b - mean)^2.
 
-    Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"
+    Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
+                variances"
     """
     C = x.shape[-1]
     M = x.size // C
@@ -104,7 +107,9 @@ def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
     def statistics(block):
         n = (block.stop - block.start) * f
         block_mean = unfold_sum(column_sums(rows[block]), C) / n  # (C,)
-        centred = np.subtract(rows[block], np.tile(block_mean, f).astype(x.dtype), out=block_scratch("a", rows[block]))
+        centred = np.subtract(
+            rows[block], np.tile(block_mean, f).astype(x.dtype), out=scratch("block", rows[block].shape)
+        )
         squares = np.multiply(centred, centred, out=centred)
         return n, block_mean, unfold_sum(column_sums(squares), C)
 
@@ -123,7 +128,7 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     f = fold(C, M)
     rows = np.ascontiguousarray(x).reshape(M // f, f * C)
     residual_rows = None if residual is None else np.ascontiguousarray(residual).reshape(rows.shape)
-    out = np.empty(rows.shape, x.dtype)
+    out = fresh(rows.shape)
     mean, scale, bias = (np.tile(v, f) for v in (mean, weight * rsqrt(var, eps), bias))  # (f*C,)
     zeros = np.zeros_like(mean)
 
@@ -148,15 +153,15 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
     rows = np.ascontiguousarray(x).reshape(M // f, f * C)
     dout_rows = np.ascontiguousarray(dout).reshape(rows.shape)
     out_rows = np.ascontiguousarray(out).reshape(rows.shape) if relu else None
-    g = np.empty_like(rows) if relu else dout_rows
-    dx = np.empty_like(rows)
+    g = fresh(rows.shape) if relu else dout_rows
+    dx = fresh(rows.shape)
     rstd = rsqrt(var, eps)  # (C,)
     mean = np.tile(mean, f)
 
     def sums(block):
         if relu:
             np.multiply(dout_rows[block], out_rows[block] > 0, out=g[block])
-        product = np.subtract(rows[block], mean, out=block_scratch("a", rows[block]))
+        product = np.subtract(rows[block], mean, out=scratch("block", rows[block].shape))
         product *= g[block]
         return unfold_sum(column_sums(g[block]), C), unfold_sum(column_sums(product), C)
 
@@ -171,14 +176,10 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
         piece = np.subtract(rows[block], mean, out=dx[block])
         piece *= along_x
         piece += along_1
-        piece += np.multiply(g[block], scale, out=block_scratch("a", piece))
+        piece += np.multiply(g[block], scale, out=scratch("block", piece.shape))
 
     run(input_gradient, blocks(*rows.shape))
     return dx.reshape(x.shape), dweight.astype(x.dtype), dbias.astype(x.dtype), g.reshape(x.shape)
-
-
-def block_scratch(name, like):
-    return scratch(name, like.shape, like.dtype)
 
 
 def unfold_sum(row, C):
@@ -211,8 +212,8 @@ def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True):
         # window turned by 180 degrees, from O channels to C
         dx = winograd_conv2d(dout, turned(weight)) if need_dx else None
         return dx, winograd_weight_gradient(dout, x), dbias
-    dx, dweight = im2col_conv2d_backward(dout, x, weight, stride, padding, need_dx)
-    return dx, dweight, dbias
+    dx = im2col_input_gradient(dout, weight, x.shape, stride, padding) if need_dx else None
+    return dx, im2col_weight_gradient(dout, x, weight.shape, stride, padding), dbias
 
 
 def row_sums(x):
@@ -291,11 +292,11 @@ def im2col_conv2d(x, weight, stride, padding):
 
     Shapes      x (N, H, W, C), weight (kh, kw, C, O)  ->  out (N, oh, ow, O)
     """
-    kh, kw, C, O = weight.shape
+    kh, kw, _, O = weight.shape
     N, H, W, _ = x.shape
     oh, ow = output_size(H, kh, stride, padding), output_size(W, kw, stride, padding)
     weight_rows = np.ascontiguousarray(weight).reshape(-1, O)  # (kh*kw*C, O)
-    out = np.empty((N, oh, ow, O), x.dtype)
+    out = fresh((N, oh, ow, O))
 
     def convolve(images):
         columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))  # (n, oh, ow, kh, kw, C)
@@ -305,41 +306,74 @@ def im2col_conv2d(x, weight, stride, padding):
     return out
 
 
-def im2col_conv2d_backward(dout, x, weight, stride, padding, need_dx):
-    """dx and dweight of `reference.conv2d_backward` by im2col, chunks of images shared out to threads.
+def im2col_weight_gradient(dout, x, weight_shape, stride, padding):
+    """dweight of `reference.conv2d_backward` by im2col.
 
-    Shapes      dout (N, oh, ow, O), x (N, H, W, C), weight (kh, kw, C, O)
-                ->  dx (N, H, W, C) or None, dweight (kh, kw, C, O)
+    Shapes      dout (N, oh, ow, O), x (N, H, W, C)  ->  dweight (kh, kw, C, O)
     """
-    kh, kw, C, O = weight.shape
-    N, H, W, _ = x.shape
-    _, oh, ow, _ = dout.shape
-    weight_columns = np.ascontiguousarray(weight.reshape(-1, O).T)  # (O, kh*kw*C)
+    kh, kw, C, O = weight_shape
+    N, oh, ow, _ = dout.shape
     groups = groups_of(chunks_of_images(N, oh * ow, COLUMN_ROWS))
-    partial = np.empty((len(groups), kh * kw * C, O), x.dtype)
-    dx = np.empty_like(x) if need_dx else None
+    partial = fresh((len(groups), kh * kw * C, O))
 
-    def send_back(group):
+    def add_up(group):
         for images in groups[group]:
-            columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))  # (n, oh, ow, kh, kw, C)
-            rows = columns.reshape(-1, kh * kw * C)
-            dout_rows = dout[images].reshape(-1, O)  # (n*oh*ow, O)
-            if images is groups[group][0]:
-                np.matmul(rows.T, dout_rows, out=partial[group])
-            else:
-                partial[group] += np.matmul(rows.T, dout_rows, out=scratch("product", partial[group].shape))
-            if need_dx:
-                dcolumns = scratch("dcolumns", columns.shape)
-                np.matmul(dout_rows, weight_columns, out=dcolumns.reshape(rows.shape))
-                padded = scratch("padded", (len(columns), H + 2 * padding, W + 2 * padding, C))
-                padded[...] = 0
-                for h in range(kh):
-                    for w in range(kw):
-                        padded[:, h : h + oh * stride : stride, w : w + ow * stride : stride] += dcolumns[:, :, :, h, w]
-                dx[images] = padded[:, padding : padding + H, padding : padding + W]
+            columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow)).reshape(-1, kh * kw * C)
+            add_product(columns.T, dout[images].reshape(-1, O), partial[group], first=images is groups[group][0])
 
-    run(send_back, range(len(groups)))
-    return dx, sum_of_groups(partial).reshape(weight.shape)
+    run(add_up, range(len(groups)))
+    return sum_of_groups(partial).reshape(weight_shape)
+
+
+def im2col_input_gradient(dout, weight, x_shape, stride, padding):
+    """dx of `reference.conv2d_backward`, by im2col of dout: pixels are collected from the outputs that they met.
+
+    Why         With stride s and padding p, row y of x meets out[i] through row h of the window if y + p = i s + h.
+                So h = a + t s and i = q - t, where a and q are remainder and quotient of y + p by s: the pixels of one
+                remainder see only every s-th row of the window, and for them dx is a convolution of dout with stride
+                1. The same goes for columns, so there are s^2 kinds of pixels. A 3x3 window with stride 2 falls into
+                windows of 2x2, 2x1, 1x2 and 1x1.
+
+    Shapes      dout (N, oh, ow, O), weight (kh, kw, C, O)  ->  dx x_shape = (N, H, W, C)
+    """
+    kh, kw, C, _ = weight.shape
+    N, H, W, _ = x_shape
+    _, oh, ow, _ = dout.shape
+    margin = -(-max(kh, kw) // stride) - 1  # how far a window reaches back beyond the first output
+    height = margin + max(oh, (H - 1 + padding) // stride + 1)
+    width = margin + max(ow, (W - 1 + padding) // stride + 1)
+    dx = fresh(x_shape)
+
+    phases = []
+    for a in range(stride):
+        for b in range(stride):
+            taps = weight[a::stride, b::stride][::-1, ::-1]  # (th, tw, C, O), the last first, as i falls with t
+            rows = np.ascontiguousarray(taps.transpose(0, 1, 3, 2)).reshape(-1, C)  # (th*tw*O, C)
+            phases.append(((a - padding) % stride, (b - padding) % stride, taps.shape[:2], rows))
+
+    def send_back(images):
+        padded = padded_images(dout[images], margin, height, width)
+        for y, x, (th, tw), rows in phases:
+            pixels = dx[images, y::stride, x::stride]  # (n, ., ., C)
+            if not len(rows):
+                pixels[...] = 0
+                continue
+            top, left = (y + padding) // stride + margin - th + 1, (x + padding) // stride + margin - tw + 1
+            columns = columns_of(padded[:, top:, left:], (th, tw), 1, 0, pixels.shape[1:3])
+            product = scratch("product", pixels.shape)
+            np.matmul(columns.reshape(-1, len(rows)), rows, out=product.reshape(-1, C))
+            pixels[...] = product
+
+    run(send_back, chunks_of_images(N, oh * ow, COLUMN_ROWS))
+    return dx
+
+
+def add_product(a, b, total, first):
+    """Add a @ b to the total, or put it there if it is the first."""
+    if first:
+        np.matmul(a, b, out=total)
+    else:
+        total += np.matmul(a, b, out=scratch("product", total.shape))
 
 
 # F(4, 3): four outputs of a filter with three taps, from six inputs
@@ -369,7 +403,7 @@ OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0],
 
 
 def is_for_winograd(weight, stride, padding):
-    """Whether the convolution has a 3x3 window, stride 1 and padding 1, and channels enough to pay for the transforms."""
+    """Whether a convolution has a 3x3 window, stride 1, padding 1, and channels enough to pay for the transforms."""
     kh, kw, C, O = weight.shape
     return (kh, kw, stride, padding) == (3, 3, 1, 1) and min(C, O) >= 16
 
@@ -380,7 +414,7 @@ def turned(weight):
     Shapes      weight (3, 3, C, O)  ->  (3, 3, O, C)
     """
     kh, kw, C, O = weight.shape
-    out = np.empty((kh, kw, O, C), weight.dtype)
+    out = fresh((kh, kw, O, C))
     run(
         lambda part: np.copyto(out[:, :, :, part], weight[::-1, ::-1, part].transpose(0, 1, 3, 2)),
         blocks(C, kh * kw * O),
@@ -395,31 +429,29 @@ def winograd_conv2d(x, weight):
     """
     N, H, W, C = x.shape
     O = weight.shape[3]
-    th, tw = -(-H // 4), -(-W // 4)  # tiles down and across
-    out = np.empty((N, H, W, O), x.dtype)
+    per_image = tiles_of(H) * tiles_of(W)
+    out = fresh((N, H, W, O))
     U = weight_transform(weight)  # (36, C, O)
 
-    if C * O < LARGE_WEIGHTS:
+    def convolve(images):
+        tiles = (images.stop - images.start) * per_image
+        V, M = matrices("V", tiles, C), matrices("M", tiles, O)
+        input_transform(x[images], V)
+        np.matmul(V, U, out=M)
+        output_transform(out[images], M)
 
-        def convolve(images):
-            tiles = (images.stop - images.start) * th * tw
-            V = scratch("V", (36, tiles, C))
-            input_transform(x[images], V)
-            M = np.matmul(V, U, out=scratch("M", (36, tiles, O)))
-            output_transform(M, out[images])
-
-        run(convolve, chunks_of_images(N, th * tw, TILES))
-        return out
-
-    for part in chunks_of_images(N, th * tw, TILES_AT_ONCE):
-        n = part.stop - part.start
-        V, M = scratch("all V", (36, n * th * tw, C)), scratch("all M", (36, n * th * tw, O))
-        chunks = chunks_of_images(n, th * tw, TILES // 4)
-        tiles = {chunk.start: slice(chunk.start * th * tw, chunk.stop * th * tw) for chunk in chunks}
-        x_part, out_part = x[part], out[part]
-        run(lambda chunk: input_transform(x_part[chunk], V[:, tiles[chunk.start]]), chunks)
+    def convolve_by_frequency(images):
+        tiles = (images.stop - images.start) * per_image
+        V, M = matrices("all V", tiles, C), matrices("all M", tiles, O)
+        share_out(input_transform, x[images], V)
         run(lambda f: np.matmul(V[f], U[f], out=M[f]), range(36))
-        run(lambda chunk: output_transform(M[:, tiles[chunk.start]], out_part[chunk]), chunks)
+        share_out(output_transform, out[images], M)
+
+    if C * O < LARGE_WEIGHTS:
+        run(convolve, chunks_of_images(N, per_image, TILES))
+    else:
+        for images in chunks_of_images(N, per_image, TILES_AT_ONCE):
+            convolve_by_frequency(images)
     return out
 
 
@@ -430,40 +462,60 @@ def winograd_weight_gradient(dout, x):
     """
     N, H, W, C = x.shape
     O = dout.shape[3]
-    th, tw = -(-H // 4), -(-W // 4)
+    per_image = tiles_of(H) * tiles_of(W)
 
     if C * O < LARGE_WEIGHTS:
-        groups = groups_of(chunks_of_images(N, th * tw, 2 * TILES))
-        partial = np.empty((len(groups), 36, C, O), x.dtype)
+        groups = groups_of(chunks_of_images(N, per_image, 2 * TILES))
+        partial = fresh((len(groups), 36, C, O))
 
         def add_up(group):
             for images in groups[group]:
-                tiles = (images.stop - images.start) * th * tw
-                V, dM = scratch("V", (36, tiles, C)), scratch("M", (36, tiles, O))
+                tiles = (images.stop - images.start) * per_image
+                V, dM = matrices("V", tiles, C), matrices("M", tiles, O)
                 input_transform(x[images], V)
                 output_transform_backward(dout[images], dM)
-                if images is groups[group][0]:
-                    np.matmul(V.transpose(0, 2, 1), dM, out=partial[group])
-                else:
-                    partial[group] += np.matmul(V.transpose(0, 2, 1), dM, out=scratch("product", (36, C, O)))
+                add_product(V.transpose(0, 2, 1), dM, partial[group], first=images is groups[group][0])
 
         run(add_up, range(len(groups)))
         return weight_transform_backward(sum_of_groups(partial))
 
-    dU = np.empty((36, C, O), x.dtype)
-    for part in chunks_of_images(N, th * tw, TILES_AT_ONCE):
-        n = part.stop - part.start
-        V, dM = scratch("all V", (36, n * th * tw, C)), scratch("all M", (36, n * th * tw, O))
-        chunks = chunks_of_images(n, th * tw, TILES // 4)
-        tiles = {chunk.start: slice(chunk.start * th * tw, chunk.stop * th * tw) for chunk in chunks}
-        x_part, dout_part = x[part], dout[part]
-        run(lambda chunk: input_transform(x_part[chunk], V[:, tiles[chunk.start]]), chunks)
-        run(lambda chunk: output_transform_backward(dout_part[chunk], dM[:, tiles[chunk.start]]), chunks)
-        if part.start == 0:
-            run(lambda f: np.matmul(V[f].T, dM[f], out=dU[f]), range(36))
-        else:
-            run(lambda f: np.add(dU[f], V[f].T @ dM[f], out=dU[f]), range(36))
+    dU = matrices("U", C, O)
+
+    def add_up_by_frequency(images):
+        tiles = (images.stop - images.start) * per_image
+        V, dM = matrices("all V", tiles, C), matrices("all M", tiles, O)
+        share_out(input_transform, x[images], V)
+        share_out(output_transform_backward, dout[images], dM)
+        run(lambda f: add_product(V[f].T, dM[f], dU[f], first=images.start == 0), range(36))
+
+    for images in chunks_of_images(N, per_image, TILES_AT_ONCE):
+        add_up_by_frequency(images)
     return weight_transform_backward(dU)
+
+
+def tiles_of(size):
+    """Return how many tiles of four pixels cover a side; the last may reach beyond it, into zeros."""
+    return -(-size // 4)
+
+
+def matrices(name, rows, columns):
+    """Return scratch memory for 36 matrices, one for each place in a tile.
+
+    Each has a row too many. Without it they would begin a power of two apart, which a cache maps to one place.
+
+    Shapes      ->  (36, rows, columns)
+    """
+    return scratch(name, (36, rows + 1, columns))[:, :rows]
+
+
+def share_out(transform, images, tiles):
+    """Run a transform between images and all their tiles on all threads, a few images at a time."""
+    _, H, W, _ = images.shape
+    n = tiles_of(H) * tiles_of(W)
+    run(
+        lambda chunk: transform(images[chunk], tiles[:, chunk.start * n : chunk.stop * n]),
+        chunks_of_images(len(images), n, TILES // 4),
+    )
 
 
 def weight_transform(weight):
@@ -474,9 +526,10 @@ def weight_transform(weight):
     _, _, C, O = weight.shape
     both = np.kron(WEIGHT, WEIGHT)  # (36, 9): the two products with WEIGHT as one
     taps = np.ascontiguousarray(weight).reshape(9, C * O)
-    U = np.empty((36, C * O), weight.dtype)
-    run(lambda part: np.matmul(both, taps[:, part], out=U[:, part]), blocks(C * O, 36, size=8 * BLOCK))
-    return U.reshape(36, C, O)
+    U = matrices("U", C, O)
+    flat = U.reshape(36, C * O)
+    run(lambda part: np.matmul(both, taps[:, part], out=flat[:, part]), blocks(C * O, 36, size=8 * BLOCK))
+    return U
 
 
 def weight_transform_backward(dU):
@@ -487,7 +540,7 @@ def weight_transform_backward(dU):
     _, C, O = dU.shape
     both = np.ascontiguousarray(np.kron(WEIGHT, WEIGHT).T)  # (9, 36)
     products = dU.reshape(36, C * O)
-    dweight = np.empty((9, C * O), dU.dtype)
+    dweight = fresh((9, C * O))
     run(lambda part: np.matmul(both, products[:, part], out=dweight[:, part]), blocks(C * O, 36, size=8 * BLOCK))
     return dweight.reshape(3, 3, C, O)
 
@@ -505,7 +558,7 @@ def input_transform(x, V):
     Shapes      x (n, H, W, C)  ->  V (36, n*th*tw, C)
     """
     n, H, W, C = x.shape
-    th, tw = -(-H // 4), -(-W // 4)
+    th, tw = tiles_of(H), tiles_of(W)
     width = 4 * tw + 2
     padded = padded_images(x, 1, 4 * th + 2, width)
     per_image, per_row, per_pixel, per_channel = padded.strides
@@ -522,18 +575,19 @@ def input_transform(x, V):
     np.matmul(INPUT, columns, out=tile_axes(V, n, th, tw))
 
 
-def output_transform(M, out):
+def output_transform(out, M):
     """out = OUTPUT m OUTPUT.T for every tile m of 6x6 products: tiles of 4x4 pixels, side by side.
 
-    Shapes      M (36, n*th*tw, O)  ->  out (n, H, W, O)
+    Shapes      out (n, H, W, O) is written from M (36, n*th*tw, O)
     """
     n, H, W, O = out.shape
-    th, tw = -(-H // 4), -(-W // 4)
+    th, tw = tiles_of(H), tiles_of(W)
     half = scratch("half", (n, th, 6, tw, 4, O))
     np.matmul(OUTPUT, tile_axes(M, n, th, tw), out=half)
-    whole = out if (H, W) == (4 * th, 4 * tw) else scratch("whole", (n, 4 * th, 4 * tw, O))
+    reaches_beyond = H % 4 or W % 4
+    whole = scratch("whole", (n, 4 * th, 4 * tw, O)) if reaches_beyond else out
     np.matmul(OUTPUT, half.reshape(n, th, 6, -1), out=whole.reshape(n, th, 4, -1))
-    if whole is not out:
+    if reaches_beyond:
         out[...] = whole[:, :H, :W]
 
 
@@ -543,8 +597,8 @@ def output_transform_backward(dout, dM):
     Shapes      dout (n, H, W, O)  ->  dM (36, n*th*tw, O)
     """
     n, H, W, O = dout.shape
-    th, tw = -(-H // 4), -(-W // 4)
-    if (H, W) != (4 * th, 4 * tw):
+    th, tw = tiles_of(H), tiles_of(W)
+    if H % 4 or W % 4:
         dout = padded_images(dout, 0, 4 * th, 4 * tw)
     half = scratch("half", (n, th, 6, tw, 4, O))
     np.matmul(OUTPUT.T, dout.reshape(n, th, 4, -1), out=half.reshape(n, th, 6, -1))

@@ -7,9 +7,6 @@ all are done, then added in the order of the tasks.
 
 Matrix products have threads of their own, in the BLAS library that NumPy calls. `one_blas_thread` holds it to one, so
 that the two kinds do not fight for the cores.
-
-Each thread keeps its scratch memory from call to call (`scratch`): fresh memory comes from the operating system, which
-fills it with zeros first, and that can take as long as the arithmetic.
 """
 
 import collections
@@ -24,7 +21,6 @@ import threading
 
 import numpy as np
 
-_memory = threading.local()
 _calls = threading.RLock()  # one kernel at a time: the BLAS library has one number of threads for the whole process
 _chosen = None
 _pool = None
@@ -157,13 +153,3 @@ def _blas_threads():
                     getattr(library, f"scipy_openblas_set_num_threads{ending}"),
                 )
     return (lambda: 1), (lambda n: None)
-
-
-def scratch(name, shape, dtype=np.float32):
-    """Return memory of this thread, with whatever it holds: good until the thread asks for the same name again."""
-    buffers = vars(_memory)
-    count = math.prod(shape)
-    key = (name, dtype)
-    if key not in buffers or buffers[key].size < count:
-        buffers[key] = np.empty(count, dtype)
-    return buffers[key][:count].reshape(shape)
