@@ -37,11 +37,12 @@ from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
 )
 from minires.kernels.threads import one_blas_thread, run
 
-BLOCK = 2**15  # numbers in a piece for elementwise work: 128 KB, and a step touches three or four such pieces
-ROW = 2048  # numbers in a row that NumPy walks along; longer ones gain nothing
+BLOCK = 2**17  # numbers in a piece for elementwise work: with smaller ones, threads wait for Python's lock too often
+ROW = 2**13  # numbers in a row that NumPy walks along; longer ones gain nothing
+UPDATE_BLOCK = 2**15  # the same as BLOCK, for an optimizer's update with its many intermediate results
 GROUPS = 16  # tasks whose sums are kept apart: as many threads can share a convolution's weight gradient
-COLUMN_ROWS = 256  # rows of im2col in a piece: enough that the product is worth the reading of the weights
-TILES = 64  # tiles in a piece of a Winograd convolution, for the same reason
+COLUMN_ROWS = 512  # rows of im2col in a piece: enough that the product is worth the reading of the weights
+TILES = 128  # tiles in a piece of a Winograd convolution, for the same reason
 TILES_AT_ONCE = 512  # tiles that exist at one time where the frequencies are shared out: bounds the memory
 LARGE_WEIGHTS = 2**15  # C * O from which the 36 matrices of Winograd's weights no longer fit beside a piece
 
@@ -71,14 +72,23 @@ def global_avg_pool2d_backward(dout, x_shape):
     return dx
 
 
+def add(a, b):
+    """See `reference.add`."""
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    out = fresh(a.shape)
+    terms, total = (a.reshape(-1), b.reshape(-1)), out.reshape(-1)
+    run(lambda part: np.add(terms[0][part], terms[1][part], out=total[part]), blocks(out.size, 1))
+    return out
+
+
 def fold(C, M):
     """Return how many of M rows of C numbers to take as one, so that a row has up to ROW numbers."""
     return math.gcd(M, max(1, ROW // C))
 
 
-def blocks(rows, row_size, size=None):
-    """Cut rows of row_size numbers into slices of about BLOCK numbers."""
-    step = max(1, (size or BLOCK) // row_size)
+def blocks(rows, row_size, size=BLOCK):
+    """Cut rows of row_size numbers into slices of about `size` numbers."""
+    step = max(1, size // row_size)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -129,13 +139,13 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     rows = np.ascontiguousarray(x).reshape(M // f, f * C)
     residual_rows = None if residual is None else np.ascontiguousarray(residual).reshape(rows.shape)
     out = fresh(rows.shape)
-    mean, scale, bias = (np.tile(v, f) for v in (mean, weight * rsqrt(var, eps), bias))  # (f*C,)
-    zeros = np.zeros_like(mean)
+    scale = weight * rsqrt(var, eps)  # (C,)
+    scale, shift = np.tile(scale, f), np.tile(bias - mean * scale, f)  # (f*C,)
+    zeros = np.zeros_like(shift)
 
     def normalise(block):
-        piece = np.subtract(rows[block], mean, out=out[block])
-        piece *= scale
-        piece += bias
+        piece = np.multiply(rows[block], scale, out=out[block])
+        piece += shift
         if residual is not None:
             piece += residual_rows[block]
         if relu:
@@ -156,26 +166,27 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
     g = fresh(rows.shape) if relu else dout_rows
     dx = fresh(rows.shape)
     rstd = rsqrt(var, eps)  # (C,)
-    mean = np.tile(mean, f)
+    long_mean = np.tile(mean, f)
 
     def sums(block):
         if relu:
             np.multiply(dout_rows[block], out_rows[block] > 0, out=g[block])
-        product = np.subtract(rows[block], mean, out=scratch("block", rows[block].shape))
+        product = np.subtract(rows[block], long_mean, out=scratch("block", rows[block].shape))
         product *= g[block]
         return unfold_sum(column_sums(g[block]), C), unfold_sum(column_sums(product), C)
 
     dbias, dscale = np.sum(run(sums, blocks(*rows.shape)), axis=0)  # (C,) each, float64
     dweight = dscale * rstd
 
-    along_x = np.tile(-weight * rstd * rstd * dweight / M, f).astype(x.dtype)
-    along_1 = np.tile(-weight * rstd * dbias / M, f).astype(x.dtype)
-    scale = np.tile(weight * rstd, f)
+    # dx = scale g + slope x + shift: the formula of the reference, sorted by what varies from row to row
+    scale = weight * rstd  # (C,)
+    slope = -scale * rstd * dweight / M
+    shift = -scale * dbias / M - slope * mean
+    scale, slope, shift = (np.tile(v, f).astype(x.dtype) for v in (scale, slope, shift))  # (f*C,)
 
     def input_gradient(block):
-        piece = np.subtract(rows[block], mean, out=dx[block])
-        piece *= along_x
-        piece += along_1
+        piece = np.multiply(rows[block], slope, out=dx[block])
+        piece += shift
         piece += np.multiply(g[block], scale, out=scratch("block", piece.shape))
 
     run(input_gradient, blocks(*rows.shape))
@@ -465,7 +476,7 @@ def winograd_weight_gradient(dout, x):
     per_image = tiles_of(H) * tiles_of(W)
 
     if C * O < LARGE_WEIGHTS:
-        groups = groups_of(chunks_of_images(N, per_image, 2 * TILES))
+        groups = groups_of(chunks_of_images(N, per_image, TILES))
         partial = fresh((len(groups), 36, C, O))
 
         def add_up(group):
@@ -514,7 +525,7 @@ def share_out(transform, images, tiles):
     n = tiles_of(H) * tiles_of(W)
     run(
         lambda chunk: transform(images[chunk], tiles[:, chunk.start * n : chunk.stop * n]),
-        chunks_of_images(len(images), n, TILES // 4),
+        chunks_of_images(len(images), n, TILES // 8),
     )
 
 
@@ -528,7 +539,7 @@ def weight_transform(weight):
     taps = np.ascontiguousarray(weight).reshape(9, C * O)
     U = matrices("U", C, O)
     flat = U.reshape(36, C * O)
-    run(lambda part: np.matmul(both, taps[:, part], out=flat[:, part]), blocks(C * O, 36, size=8 * BLOCK))
+    run(lambda part: np.matmul(both, taps[:, part], out=flat[:, part]), blocks(C * O, 36, size=2 * BLOCK))
     return U
 
 
@@ -541,7 +552,7 @@ def weight_transform_backward(dU):
     both = np.ascontiguousarray(np.kron(WEIGHT, WEIGHT).T)  # (9, 36)
     products = dU.reshape(36, C * O)
     dweight = fresh((9, C * O))
-    run(lambda part: np.matmul(both, products[:, part], out=dweight[:, part]), blocks(C * O, 36, size=8 * BLOCK))
+    run(lambda part: np.matmul(both, products[:, part], out=dweight[:, part]), blocks(C * O, 36, size=2 * BLOCK))
     return dweight.reshape(3, 3, C, O)
 
 
@@ -620,4 +631,4 @@ def update_blocks(update, arrays, *settings):
     if not all(a is None or a.flags.c_contiguous for a in arrays):
         return update(*arrays, *settings)
     flat = [a if a is None else a.reshape(-1) for a in arrays]
-    run(lambda b: update(*(a if a is None else a[b] for a in flat), *settings), blocks(flat[0].size, 1))
+    run(lambda b: update(*(a if a is None else a[b] for a in flat), *settings), blocks(flat[0].size, 1, UPDATE_BLOCK))
