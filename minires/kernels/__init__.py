@@ -9,6 +9,8 @@ Python:
 
     with minires.kernels.use("reference"):
         ...
+
+MINIRES_NUM_THREADS or `minires.kernels.set_num_threads(n)` says how many cores the fast kernels use; without, all.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import os
 import numpy as np
 
 from minires.kernels import cpu, reference
+from minires.kernels.threads import num_threads, set_num_threads  # noqa: F401  (part of what this package offers)
 
 CHOICES = ("fast", "reference")
 _chosen = None

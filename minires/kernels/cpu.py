@@ -37,14 +37,15 @@ from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
 )
 from minires.kernels.threads import one_blas_thread, run
 
+# How large the pieces are, found by trying on cores with 1 MB of cache each. They decide in which order sums are added.
 BLOCK = 2**17  # numbers in a piece for elementwise work: with smaller ones, threads wait for Python's lock too often
 ROW = 2**13  # numbers in a row that NumPy walks along; longer ones gain nothing
 UPDATE_BLOCK = 2**15  # the same as BLOCK, for an optimizer's update with its many intermediate results
-GROUPS = 16  # tasks whose sums are kept apart: as many threads can share a convolution's weight gradient
-COLUMN_ROWS = 512  # rows of im2col in a piece: enough that the product is worth the reading of the weights
+COLUMN_ROWS = 256  # rows of im2col in a piece: enough that the product is worth the reading of the weights
 TILES = 128  # tiles in a piece of a Winograd convolution, for the same reason
-TILES_AT_ONCE = 512  # tiles that exist at one time where the frequencies are shared out: bounds the memory
-LARGE_WEIGHTS = 2**15  # C * O from which the 36 matrices of Winograd's weights no longer fit beside a piece
+GROUPS = 16  # sums of a weight gradient that are kept apart: as many threads can share it
+LARGE_WEIGHTS = 2**15  # C * O from which Winograd's weights no longer fit beside a piece: threads share the frequencies
+TILES_AT_ONCE = 512  # tiles that exist at one time then: bounds the memory
 
 
 def linear_forward(x, weight, bias=None):
@@ -387,7 +388,8 @@ def add_product(a, b, total, first):
         total += np.matmul(a, b, out=scratch("product", total.shape))
 
 
-# F(4, 3): four outputs of a filter with three taps, from six inputs
+# Winograd's matrices for four outputs of three taps, at the points 0, 1, -1, 2, -2 and infinity; `winograd_conv2d` says
+# where they come from. INPUT brings 6 inputs and WEIGHT 3 taps to the 6 points, OUTPUT makes 4 outputs of 6 products.
 INPUT = np.array(
     [
         [4, 0, -5, 0, 1, 0],
@@ -436,7 +438,31 @@ def turned(weight):
 def winograd_conv2d(x, weight):
     """A 3x3 convolution with stride 1 and padding 1, by tiles of 4x4 outputs and a quarter of the multiplications.
 
+    Forward     for every tile of 6x6 inputs x and every pair of channels, with * element by element:
+                out = OUTPUT (sum_c (INPUT x INPUT.T) * (WEIGHT weight WEIGHT.T)) OUTPUT.T
+
+    Why         First in one dimension, and first the product of two polynomials: g with 3 coefficients times d with 4.
+                It has 6 coefficients and takes 12 multiplications. But a polynomial with 6 coefficients is known from
+                its values at 6 points, and at a point the value of the product is the product of the values: 6
+                multiplications. The points are 0, 1, -1, 2, -2, and "infinity", where the value is the leading
+                coefficient. In matrices,
+                    product = INPUT.T ((WEIGHT g) * (OUTPUT.T d))
+                The row of OUTPUT.T for the point a is (1, a, a^2, a^3), so it takes the value of d. That of WEIGHT is
+                (1, a, a^2) over the product of the differences from a to the other points, and that of INPUT has the
+                coefficients of prod (t - b) over the other points b: together, Lagrange's interpolation.
+                For a fixed g the product is a matrix times d. A filter is the same matrix transposed: its four outputs
+                y[i] = sum_k x[i + k] g[k] take from x what the product gave to it. Hence
+                    y = OUTPUT ((WEIGHT g) * (INPUT x))
+                with six multiplications in place of twelve. In two dimensions it is done along columns, then along
+                rows: 36 in place of 144. OUTPUT is linear, so channels are added before it, and each of the 36 places
+                of a tile becomes one matrix product, (tiles, C) @ (C, O).
+
+    Limits      It adds and takes off again: relative to float64, forward and dx come out 1.7e-6, 2.4e-6, 3.4e-6 and
+                3.8e-6 off at the four stages of the default network, by im2col 3.0e-7 to 3.7e-7; dweight 2.2e-6 to
+                0.9e-6, by im2col 3.7e-7 to 1.4e-7 (norms, normal numbers, 5 images)
     Shapes      x (N, H, W, C), weight (3, 3, C, O)  ->  out (N, H, W, O)
+    Source      Lavin and Gray 2016, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308, 2015),
+                section 4; their matrices for F(4x4, 3x3)
     """
     N, H, W, C = x.shape
     O = weight.shape[3]
@@ -467,7 +493,12 @@ def winograd_conv2d(x, weight):
 
 
 def winograd_weight_gradient(dout, x):
-    """dweight of `winograd_conv2d`.
+    """dweight of `winograd_conv2d`, with a quarter of the multiplications too.
+
+    Backward    for every pair of channels, V and dM being the tiles INPUT x INPUT.T and OUTPUT.T dout OUTPUT:
+                dweight = WEIGHT.T (sum of V * dM over all tiles) WEIGHT
+
+    Why         Each step of the forward is linear, so each goes back by its transpose.
 
     Shapes      dout (N, H, W, O), x (N, H, W, C)  ->  dweight (3, 3, C, O)
     """
