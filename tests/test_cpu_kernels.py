@@ -190,6 +190,17 @@ def test_relu_after_batch_norm_lets_a_nan_through(rng):
     assert np.isnan(out[..., 4]).all()
 
 
+def test_sums_of_many_rows_lose_no_digits(rng):
+    x = rng.uniform(0, 1, (131072, 3)).astype(np.float32)
+    np.testing.assert_allclose(cpu.sum_over_rows(x), x.astype(np.float64).sum(axis=0), rtol=1e-6)
+
+
+def test_the_sum_of_two_gradients_equals_its_twin(rng):
+    a, b = normal(rng, 2, 3, 8, 8, 700)
+    np.testing.assert_array_equal(cpu.add(a, b), reference.add(a, b))
+    np.testing.assert_array_equal(cpu.add(a[:, ::2], b[:, 1::2]), reference.add(a[:, ::2], b[:, 1::2]))
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32, 64), (40, 1, 1, 5), (1, 3, 5, 7)])
 def test_average_pool_equals_its_twin(rng, shape):
     dout = normal(rng, shape[0], shape[-1])

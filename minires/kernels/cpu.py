@@ -33,7 +33,6 @@ from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     rsqrt,
     softmax_cross_entropy_backward,
     softmax_cross_entropy_forward,
-    sum_over_rows,
 )
 from minires.kernels.threads import one_blas_thread, run
 
@@ -101,6 +100,24 @@ def column_sums(x):
     return np.ones(len(x), x.dtype) @ x
 
 
+def unfold_sum(row, C):
+    """Sum the parts of a folded row, in float64.
+
+    Shapes      row (f*C,)  ->  (C,)
+    """
+    return row.reshape(-1, C).sum(axis=0, dtype=np.float64)
+
+
+def sum_over_rows(x):
+    """See `reference.sum_over_rows`. A block is added up in float32 to one long row, all else in float64."""
+    C = x.shape[-1]
+    M = x.size // C
+    f = fold(C, M)
+    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
+    partial = run(lambda block: unfold_sum(column_sums(rows[block]), C), blocks(*rows.shape))
+    return np.sum(partial, axis=0).astype(x.dtype)
+
+
 def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
     """See `reference.batch_norm_forward`. Two passes over memory: one for mean and variance, one for the output.
 
@@ -118,9 +135,8 @@ def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
     def statistics(block):
         n = (block.stop - block.start) * f
         block_mean = unfold_sum(column_sums(rows[block]), C) / n  # (C,)
-        centred = np.subtract(
-            rows[block], np.tile(block_mean, f).astype(x.dtype), out=scratch("block", rows[block].shape)
-        )
+        centred = scratch("block", rows[block].shape)
+        np.subtract(rows[block], np.tile(block_mean, f).astype(x.dtype), out=centred)
         squares = np.multiply(centred, centred, out=centred)
         return n, block_mean, unfold_sum(column_sums(squares), C)
 
@@ -194,22 +210,13 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
     return dx.reshape(x.shape), dweight.astype(x.dtype), dbias.astype(x.dtype), g.reshape(x.shape)
 
 
-def unfold_sum(row, C):
-    """Sum the parts of a folded row, in float64.
-
-    Shapes      row (f*C,)  ->  (C,)
-    """
-    return row.reshape(-1, C).sum(axis=0, dtype=np.float64)
-
-
 def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
     """See `reference.conv2d_forward`. Winograd's way where it serves, else im2col, a few images at a time."""
     x = np.ascontiguousarray(x)
-    out = (
-        winograd_conv2d(x, weight)
-        if is_for_winograd(weight, stride, padding)
-        else im2col_conv2d(x, weight, stride, padding)
-    )
+    if is_for_winograd(weight, stride, padding):
+        out = winograd_conv2d(x, weight)
+    else:
+        out = im2col_conv2d(x, weight, stride, padding)
     if bias is not None:
         out += bias
     return out
@@ -218,7 +225,7 @@ def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
 def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True):
     """See `reference.conv2d_backward`."""
     x, dout = np.ascontiguousarray(x), np.ascontiguousarray(dout)
-    dbias = row_sums(dout)
+    dbias = sum_over_rows(dout)
     if is_for_winograd(weight, stride, padding):
         # x[y] meets out[y - 1 ... y + 1] through the window's last ... first row: dx is a convolution of dout with the
         # window turned by 180 degrees, from O channels to C
@@ -226,17 +233,6 @@ def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True):
         return dx, winograd_weight_gradient(dout, x), dbias
     dx = im2col_input_gradient(dout, weight, x.shape, stride, padding) if need_dx else None
     return dx, im2col_weight_gradient(dout, x, weight.shape, stride, padding), dbias
-
-
-def row_sums(x):
-    """Sum over every axis but the last, as `reference.sum_over_rows` does."""
-    C = x.shape[-1]
-    M = x.size // C
-    f = fold(C, M)
-    rows = x.reshape(M // f, f * C)
-    return np.sum(run(lambda block: unfold_sum(column_sums(rows[block]), C), blocks(*rows.shape)), axis=0).astype(
-        x.dtype
-    )
 
 
 def chunks_of_images(N, rows_per_image, rows):
