@@ -14,6 +14,7 @@ Source      He, Zhang, Ren and Sun 2016, "Deep residual learning for image recog
 
 import numpy as np
 
+from minires.kernels import kernels_for
 from minires.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear
 from minires.module import Module, Sequential
 
@@ -53,7 +54,7 @@ class BasicBlock(Module):
             return self.conv1.backward(self.bn1.backward(self.conv2.backward(dout)))
         dout, dshortcut = self.bn2.backward(dout)
         dx = self.conv1.backward(self.bn1.backward(self.conv2.backward(dout)))
-        return dx + self.shortcut.backward(dshortcut)  # x went two ways, so its gradient comes back on both
+        return kernels_for(dx).add(dx, self.shortcut.backward(dshortcut))  # x went two ways: both gradients count
 
 
 class ResNet(Sequential):

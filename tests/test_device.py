@@ -5,11 +5,18 @@ import pytest
 import strict_array
 from strict_array import MixedArraysError, asarray, asnumpy
 
-from minires import SGD, Adam, ResNet, SoftmaxCrossEntropy
+from minires import SGD, Adam, ResNet, SoftmaxCrossEntropy, kernels
 from minires.augment import normalize, random_crop, random_flip
 from minires.backend import to_numpy
 from minires.cifar10 import MEAN, STD, load_sample
 from minires.evaluate import evaluate
+
+
+@pytest.fixture(autouse=True)
+def reference_kernels():
+    """The stand-in is served by the reference kernels; so is the host here, for the same bits."""
+    with kernels.use("reference"):
+        yield
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""How the fast CPU kernels share their work among cores.
+
+NumPy's functions run on one core, but release Python's lock while they compute, so plain threads can run several at a
+time. A kernel cuts its work into tasks and hands them to `run`. Two rules make the results the same bits for any number
+of threads: the shape of the problem alone decides where it is cut, and what several tasks add up is kept apart until
+all are done, then added in the order of the tasks.
+
+Matrix products have threads of their own, in the BLAS library that NumPy calls. `one_blas_thread` holds it to one, so
+that the two kinds do not fight for the cores.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import pathlib
+import threading
+
+import numpy as np
+
+_calls = threading.RLock()  # one kernel at a time: the BLAS library has one number of threads for the whole process
+_chosen = None
+_pool = None
+
+
+def num_threads():
+    """Return how many threads the kernels use.
+
+    Without `set_num_threads`, that is MINIRES_NUM_THREADS, and without that the number of cores this process may use.
+
+    Raises      ValueError if MINIRES_NUM_THREADS is no whole number of at least 1
+    """
+    global _chosen
+    if _chosen is None:
+        text = os.environ.get("MINIRES_NUM_THREADS")
+        _chosen = usable_cores() if text is None else _whole_number("MINIRES_NUM_THREADS", text)
+    return _chosen
+
+
+def set_num_threads(n):
+    """Let the kernels use n threads; None goes back to MINIRES_NUM_THREADS or the cores at hand."""
+    global _chosen, _pool
+    with _calls:
+        _chosen = None if n is None else _whole_number("set_num_threads: n", n)
+        if _pool:
+            _pool.shutdown()
+        _pool = None
+
+
+def _whole_number(name, value):
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or isinstance(value, float):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return number
+
+
+def usable_cores(cgroup="/sys/fs/cgroup"):
+    """Return how many cores this process may use: those it is bound to, and no more than its container is granted.
+
+    A container's grant is a quota of processor time per period, which Linux keeps in files: cpu.max in version 2 of
+    control groups, two files in version 1. A share of a core counts as a whole one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join(pathlib.Path(cgroup, file).read_text() for file in files).split()
+            if int(quota) > 0:  # "max", or -1 in version 1: no limit
+                cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(cores, 1)
+
+
+def run(work, tasks):
+    """Call work(task) for every task, several at a time, and return the results in the order of the tasks.
+
+    The threads, of which the caller is one, take the next task whenever they are free. A task must not call `run`.
+    """
+    tasks = list(tasks)
+    results = [None] * len(tasks)
+    waiting = collections.deque(enumerate(tasks))
+
+    def take_tasks():
+        while waiting:
+            try:
+                i, task = waiting.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            try:
+                results[i] = work(task)
+            except BaseException:
+                waiting.clear()
+                raise
+
+    with one_blas_thread():
+        others = [_threads().submit(take_tasks) for _ in range(min(num_threads(), len(tasks)) - 1)]
+        try:
+            take_tasks()
+        finally:
+            concurrent.futures.wait(others)
+        for other in others:
+            other.result()  # raises what the thread has raised
+    return results
+
+
+def _threads():
+    global _pool
+    if _pool is None:
+        _pool = concurrent.futures.ThreadPoolExecutor(max(1, num_threads() - 1), "minires")
+    return _pool
+
+
+def _forget_threads():
+    """After a fork, the child has none of the threads, and the lock may have been held by one of them."""
+    global _pool, _calls
+    _pool, _calls = None, threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+@contextlib.contextmanager
+def one_blas_thread():
+    """Hold NumPy's matrix products to one thread, and other callers of the kernels back, until the block is left."""
+    get, put = _blas_threads()
+    with _calls:
+        before = get()
+        put(1)
+        try:
+            yield
+        finally:
+            put(before)
+
+
+@functools.cache
+def _blas_threads():
+    """Return the functions that tell and set the number of threads of the OpenBLAS in NumPy's wheels.
+
+    With another BLAS they do nothing: there the user sets its environment variable, such as MKL_NUM_THREADS=1.
+    """
+    package = pathlib.Path(np.__file__).parent
+    for path in [*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")]:
+        for ending in ("64_", ""):
+            with contextlib.suppress(OSError, AttributeError):
+                library = ctypes.CDLL(str(path))
+                return (
+                    getattr(library, f"scipy_openblas_get_num_threads{ending}"),
+                    getattr(library, f"scipy_openblas_set_num_threads{ending}"),
+                )
+    return (lambda: 1), (lambda n: None)

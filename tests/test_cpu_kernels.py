@@ -1,0 +1,379 @@
+"""The fast CPU kernels: each equals its reference twin, writes to no input, and has the same bits on any threads.
+
+The bounds are relative norms in float32: 1e-6 where the same numbers are added in another order, 1e-5 for Winograd's
+convolution, which adds and takes off again.
+"""
+
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import relative_error
+
+import minires
+from minires import kernels
+from minires.kernels import cpu, memory, reference, threads
+
+SAME_SUMS, WINOGRAD = 1e-6, 1e-5
+
+# images, height, width, channels in, channels out, window, stride, padding
+CONVOLUTIONS = [
+    (3, 32, 32, 64, 64, 3, 1, 1),  # the network's
+    (5, 16, 16, 128, 128, 3, 1, 1),
+    (9, 8, 8, 256, 256, 3, 1, 1),
+    (5, 4, 4, 512, 512, 3, 1, 1),
+    (3, 32, 32, 3, 64, 3, 1, 1),
+    (3, 32, 32, 64, 128, 3, 2, 1),
+    (5, 8, 8, 256, 512, 3, 2, 1),
+    (3, 32, 32, 64, 128, 1, 2, 0),
+    (1, 32, 32, 64, 64, 3, 1, 1),  # one image
+    (1, 1, 1, 16, 16, 3, 1, 1),
+    (2, 7, 5, 16, 20, 3, 1, 1),  # sizes that tiles of four do not fill
+    (3, 6, 13, 32, 16, 3, 1, 1),
+    (300, 2, 3, 256, 256, 3, 1, 1),
+    (40, 16, 16, 16, 16, 3, 1, 1),
+    (3, 9, 7, 5, 6, 3, 2, 1),
+    (2, 9, 9, 3, 4, 5, 1, 2),
+    (2, 9, 10, 3, 4, 5, 2, 2),
+    (2, 8, 8, 4, 6, 1, 1, 0),
+    (2, 9, 6, 3, 2, 2, 3, 0),  # pixels that no window shows
+    (2, 6, 7, 2, 3, 3, 4, 3),  # a border as wide as the window
+    (2, 8, 8, 4, 4, 3, 1, 0),
+    (2, 8, 8, 16, 16, 3, 1, 2),
+    (700, 8, 8, 4, 8, 3, 1, 1),  # more images than groups of pieces
+]
+# images, height, width, channels
+BATCHES = [(3, 32, 32, 64), (2, 4, 4, 512), (2, 1, 2, 1), (5, 7, 3, 3), (3, 5, 5, 100), (2, 3, 5, 3000)]
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def assert_close(actual, expected, bound):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if e is not None:
+            assert (a.shape, a.dtype) == (e.shape, e.dtype)
+            assert relative_error(a, e) < bound
+
+
+def convolution_arguments(rng, N, H, W, C, O, k):
+    return normal(rng, N, H, W, C), normal(rng, k, k, C, O), normal(rng, O)
+
+
+def all_convolution_results(set_of_kernels, x, weight, bias, stride, padding, dout):
+    out = set_of_kernels.conv2d_forward(x, weight, bias, stride, padding)
+    return out, *set_of_kernels.conv2d_backward(dout, x, weight, stride, padding)
+
+
+def all_batch_norm_results(set_of_kernels, x, weight, bias, residual, relu, dout):
+    out, mean, var = set_of_kernels.batch_norm_forward(x, weight, bias, 1e-5, residual, relu)
+    same_out = reference.batch_norm_forward(x, weight, bias, 1e-5, residual, relu)[0]  # so that the masks agree
+    inference = set_of_kernels.batch_norm_inference(x, weight, bias, mean, var, 1e-5, residual, relu)
+    back = set_of_kernels.batch_norm_backward(dout, x, same_out, weight, mean, var, 1e-5, relu)
+    return out, mean, var, inference, *back
+
+
+@pytest.fixture
+def thread_counts():
+    """Set the number of threads to several values in turn, and back in the end."""
+
+    def in_turn():
+        for n in (1, 2, 3, 16):
+            threads.set_num_threads(n)
+            yield n
+
+    yield in_turn()
+    threads.set_num_threads(None)
+
+
+def assert_same_bits_with_any_number_of_threads(thread_counts, results):
+    first = None
+    for _ in thread_counts:
+        bits = [a.copy() for a in results()]
+        first = first or bits
+        for a, b in zip(bits, first, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_set_offers_every_kernel_of_the_reference_with_the_same_arguments():
+    for name, function in inspect.getmembers(reference, inspect.isfunction):
+        if function.__module__ == reference.__name__:
+            assert inspect.signature(getattr(cpu, name)) == inspect.signature(function), name
+
+
+@pytest.mark.parametrize(("N", "H", "W", "C", "O", "k", "stride", "padding"), CONVOLUTIONS)
+def test_convolution_equals_its_twin(rng, N, H, W, C, O, k, stride, padding):
+    x, weight, bias = convolution_arguments(rng, N, H, W, C, O, k)
+    dout = normal(rng, *reference.conv2d_forward(x, weight, bias, stride, padding).shape)
+    arguments = x, weight, bias, stride, padding, dout
+    before = [a.copy() for a in (x, weight, bias, dout)]
+    bound = WINOGRAD if cpu.is_for_winograd(weight, stride, padding) else SAME_SUMS
+    actual = all_convolution_results(cpu, *arguments)
+    assert_close(actual, all_convolution_results(reference, *arguments), bound)
+    for a, b in zip((x, weight, bias, dout), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    no_dx, dweight, _ = cpu.conv2d_backward(dout, x, weight, stride, padding, need_dx=False)
+    assert no_dx is None
+    np.testing.assert_array_equal(dweight, actual[2])
+
+
+def test_winograd_is_used_for_the_networks_convolutions_and_loses_less_than_two_digits(rng):
+    x, weight, _ = convolution_arguments(rng, 4, 16, 16, 128, 128, 3)
+    assert cpu.is_for_winograd(weight, 1, 1)
+    exact = reference.conv2d_forward(x.astype(np.float64), weight.astype(np.float64), None, 1, 1)
+    winograd, im2col = (relative_error(s.conv2d_forward(x, weight, None, 1, 1), exact) for s in (cpu, reference))
+    assert im2col < winograd < 100 * im2col
+
+
+def test_winograds_matrices_make_a_filter_of_three_taps(rng):
+    """Four outputs of a one-dimensional filter, from six inputs and six multiplications."""
+    inputs, taps = rng.standard_normal(6), rng.standard_normal(3)
+    outputs = cpu.OUTPUT @ ((cpu.WEIGHT @ taps) * (cpu.INPUT @ inputs))
+    np.testing.assert_allclose(outputs, np.correlate(inputs, taps), atol=1e-5)
+
+
+def test_a_rectangular_window(rng):
+    x, weight = normal(rng, 2, 6, 7, 3), normal(rng, 2, 4, 3, 5)
+    for stride, padding in ((1, 0), (2, 1), (3, 3)):
+        dout = normal(rng, *reference.conv2d_forward(x, weight, None, stride, padding).shape)
+        arguments = x, weight, None, stride, padding, dout
+        assert_close(all_convolution_results(cpu, *arguments), all_convolution_results(reference, *arguments), 1e-6)
+
+
+def test_arrays_with_gaps_in_memory(rng):
+    x, weight, dout = normal(rng, 2, 8, 16, 32)[:, :, ::2, ::2], normal(rng, 3, 3, 16, 16), normal(rng, 2, 8, 16, 16)
+    arguments = x, weight, None, 1, 1, dout[:, :, ::2]
+    assert_close(all_convolution_results(cpu, *arguments), all_convolution_results(reference, *arguments), WINOGRAD)
+    arguments = x, weight[0, 0, 0], weight[0, 0, 1], x + 1, True, dout[:, :, ::2]
+    assert_close(all_batch_norm_results(cpu, *arguments), all_batch_norm_results(reference, *arguments), SAME_SUMS)
+
+
+@pytest.mark.parametrize("shape", BATCHES)
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_equals_its_twin(rng, shape, has_residual, relu):
+    x, dout = normal(rng, *shape) * 2 + 1, normal(rng, *shape)
+    weight, bias = normal(rng, 2, shape[-1])
+    residual = normal(rng, *shape) if has_residual else None
+    before = [a.copy() for a in (x, dout, weight, bias)]
+    arguments = x, weight, bias, residual, relu, dout
+    assert_close(all_batch_norm_results(cpu, *arguments), all_batch_norm_results(reference, *arguments), SAME_SUMS)
+    for a, b in zip((x, dout, weight, bias), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_batch_norm_keeps_its_digits_where_the_mean_is_large(rng):
+    scale, shift = np.array([1e-2, 1.0, 1e3], np.float32), np.array([5.0, -1.0, 1e5], np.float32)
+    x = normal(rng, 16, 16, 16, 3) * scale + shift
+    _, mean, var = cpu.batch_norm_forward(x, np.ones(3, np.float32), np.zeros(3, np.float32), 0.0)
+    np.testing.assert_allclose(mean, x.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(var, x.var(axis=(0, 1, 2), dtype=np.float64), rtol=1e-5)
+
+
+def test_a_constant_channel_has_variance_0():
+    x = np.full((8, 8, 8, 2), 1234.567, np.float32)
+    _, _, var = cpu.batch_norm_forward(x, np.ones(2, np.float32), np.zeros(2, np.float32), 1e-5)
+    assert (var >= 0).all()
+    assert (var < 1e-6).all()
+
+
+def test_relu_after_batch_norm_lets_a_nan_through(rng):
+    x = normal(rng, 2, 4, 4, 16)
+    x[1, 2, 3, 4] = np.nan
+    out, _, _ = cpu.batch_norm_forward(x, np.ones(16, np.float32), np.zeros(16, np.float32), 1e-5, relu=True)
+    assert np.isnan(out[..., 4]).all()
+
+
+def test_sums_of_many_rows_lose_no_digits(rng):
+    x = rng.uniform(0, 1, (131072, 3)).astype(np.float32)
+    np.testing.assert_allclose(cpu.sum_over_rows(x), x.astype(np.float64).sum(axis=0), rtol=1e-6)
+
+
+def test_the_sum_of_two_gradients_equals_its_twin(rng):
+    a, b = normal(rng, 2, 3, 8, 8, 700)
+    np.testing.assert_array_equal(cpu.add(a, b), reference.add(a, b))
+    np.testing.assert_array_equal(cpu.add(a[:, ::2], b[:, 1::2]), reference.add(a[:, ::2], b[:, 1::2]))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32, 64), (40, 1, 1, 5), (1, 3, 5, 7)])
+def test_average_pool_equals_its_twin(rng, shape):
+    dout = normal(rng, shape[0], shape[-1])
+    actual, expected = (s.global_avg_pool2d_backward(dout, shape) for s in (cpu, reference))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    assert actual.dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", [(70000,), (3, 3, 64, 64), (1,)])
+def test_updates_equal_their_twins_bit_for_bit(rng, shape):
+    param, grad, m, v = (normal(rng, *shape) for _ in range(4))
+    for settings in ((0.1, 0.0, False, 0.0), (0.1, 0.9, True, 1e-4)):
+        results = []
+        for s in (cpu, reference):
+            arrays = param.copy(), grad, m.copy()
+            s.sgd_update(*arrays, *settings)
+            results.append(arrays)
+        for a, b in zip(*results, strict=True):
+            np.testing.assert_array_equal(a, b)
+    results = []
+    for s in (cpu, reference):
+        arrays = param.copy(), grad, m.copy(), abs(v)
+        s.adam_update(*arrays, 3, 1e-3, (0.9, 0.999), 1e-8, 1e-2)
+        results.append(arrays)
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("N", "H", "W", "C", "O", "k", "stride"),
+    [(37, 16, 16, 16, 32, 3, 1), (33, 4, 6, 256, 192, 3, 1), (37, 9, 9, 8, 8, 3, 2)],
+)
+def test_convolutions_have_the_same_bits_with_any_number_of_threads(rng, thread_counts, N, H, W, C, O, k, stride):
+    x, weight, bias = convolution_arguments(rng, N, H, W, C, O, k)
+    dout = normal(rng, *cpu.conv2d_forward(x, weight, bias, stride, 1).shape)
+    assert_same_bits_with_any_number_of_threads(
+        thread_counts, lambda: all_convolution_results(cpu, x, weight, bias, stride, 1, dout)
+    )
+
+
+def test_batch_norm_has_the_same_bits_with_any_number_of_threads(rng, thread_counts):
+    x, dout, residual = normal(rng, 3, 23, 16, 16, 48)
+    weight, bias = normal(rng, 2, 48)
+    assert_same_bits_with_any_number_of_threads(
+        thread_counts, lambda: all_batch_norm_results(cpu, x, weight, bias, residual, True, dout)
+    )
+
+
+def test_two_training_steps_have_the_same_bits_with_any_number_of_threads(rng, thread_counts):
+    x, labels = normal(rng, 18, 16, 16, 3), rng.integers(0, 10, 18)
+
+    def train():
+        model = minires.ResNet(blocks=(1, 1), channels=(16, 32), seed=1)
+        loss, optimizer = minires.SoftmaxCrossEntropy(), minires.Adam(model.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss.forward(model(x), labels)
+            model.backward(loss.backward(), need_dx=False)
+            optimizer.step()
+        return list(model.state_dict().values())
+
+    assert_same_bits_with_any_number_of_threads(thread_counts, train)
+
+
+def test_memory_is_given_out_again_only_after_the_last_view_is_gone():
+    a = memory.fresh((1 << 20,))
+    a[:] = 1
+    view = a[4:].reshape(-1, 3)[:, 1]
+    address = a.ctypes.data
+    del a
+    b = memory.fresh((1 << 20,))
+    assert b.ctypes.data != address
+    b[:] = 2
+    assert (view == 1).all()
+    del view
+    assert memory.fresh((1 << 20,)).ctypes.data == address
+
+
+def test_memory_that_waits_makes_room_for_another_size():
+    a = memory.fresh((1 << 20,))
+    del a
+    waiting = sum(block.nbytes for block in memory._idle)
+    b = memory.fresh(((1 << 20) + 7,))
+    assert sum(block.nbytes for block in memory._idle) <= max(0, waiting - b.nbytes)
+
+
+def test_float64_and_other_arrays_go_to_the_reference(rng):
+    assert kernels.kernels_for(np.zeros(1)) is reference
+    assert kernels.kernels_for(np.zeros(1, np.float16)) is reference
+    with kernels.use("fast"):
+        assert kernels.kernels_for(np.zeros(1, np.float32)) is cpu
+
+
+def test_the_reference_can_be_forced(monkeypatch):
+    x = np.zeros(1, np.float32)
+    with kernels.use("reference"):
+        assert kernels.kernels_for(x) is reference
+    monkeypatch.setenv("MINIRES_KERNELS", "reference")
+    assert kernels.kernels_for(x) is reference
+    with kernels.use("fast"):
+        assert kernels.kernels_for(x) is cpu
+    monkeypatch.setenv("MINIRES_KERNELS", "slow")
+    with pytest.raises(ValueError, match=r"MINIRES_KERNELS must be 'fast' or 'reference', got 'slow'"):
+        kernels.kernels_for(x)
+    with pytest.raises(ValueError, match=r"must be 'fast' or 'reference', got 'quick'"), kernels.use("quick"):
+        pass
+
+
+def test_the_number_of_threads_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MINIRES_NUM_THREADS", "5")
+    threads.set_num_threads(None)
+    assert threads.num_threads() == 5
+    threads.set_num_threads(2)
+    assert threads.num_threads() == 2
+    monkeypatch.delenv("MINIRES_NUM_THREADS")
+    threads.set_num_threads(None)
+    assert threads.num_threads() == threads.usable_cores()
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1", "1.5", ""])
+def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, value):
+    monkeypatch.setenv("MINIRES_NUM_THREADS", value)
+    threads.set_num_threads(None)
+    with pytest.raises(ValueError, match=f"MINIRES_NUM_THREADS must be a whole number of at least 1, got '{value}'"):
+        threads.num_threads()
+    with pytest.raises(ValueError, match="must be a whole number of at least 1, got 0"):
+        threads.set_num_threads(0)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "1000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+        ({}, 64),
+    ],
+)
+def test_a_containers_limit_is_respected(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    for name, text in files.items():
+        path = pathlib.Path(tmp_path, name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert threads.usable_cores(tmp_path) == cores
+
+
+def test_what_a_task_raises_reaches_the_caller_and_the_threads_go_on(thread_counts):
+    def fail(task):
+        if task == 3:
+            raise RuntimeError("task 3")
+
+    for _ in thread_counts:
+        with pytest.raises(RuntimeError, match="task 3"):
+            threads.run(fail, range(10))
+        assert threads.run(lambda task: task * 2, range(5)) == [0, 2, 4, 6, 8]
+
+
+def test_blas_gets_its_threads_back():
+    tell, _ = threads._blas_threads()
+    before = tell()
+    with threads.one_blas_thread():
+        assert tell() == 1
+    assert tell() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_can_compute():
+    code = (
+        "import os, numpy as np; from minires.kernels import threads; threads.set_num_threads(2); "
+        "threads.run(abs, range(4)); pid = os.fork(); assert threads.run(abs, range(4)) == [0, 1, 2, 3]; "
+        "os._exit(0) if pid == 0 else os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
