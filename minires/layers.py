@@ -225,7 +225,7 @@ class Conv2d(Module):
     def backward(self, dout, need_dx=True):
         (x,) = self._take_cache()
         dx, dweight, dbias = kernels_for(dout).conv2d_backward(
-            dout, x, self.weight.data, self.stride, self.padding, need_dx
+            dout, x, self.weight.data, self.stride, self.padding, need_dx, need_dbias=self.bias is not None
         )
         self.weight.grad += dweight
         if self.bias:

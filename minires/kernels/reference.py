@@ -272,7 +272,7 @@ def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
     return out if bias is None else out + bias
 
 
-def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True):
+def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True, need_dbias=True):
     """Send the gradient of `conv2d_forward` back to its three inputs.
 
     Backward    dcolumns = dout @ weight.T    dx = col2im(dcolumns)    dweight = columns.T @ dout    dbias = sum dout
@@ -281,10 +281,11 @@ def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True):
                 on to x by the adjoint of `im2col`: `col2im`. The columns are made again from x; keeping those of the
                 forward pass would take nine times the memory of x for a 3x3 window.
 
-    Args        need_dx: False for a network's first layer, where nobody asks for the gradient of the images
+    Args        need_dx: False for a network's first layer, where nobody asks for the gradient of the images;
+                need_dbias: False for a layer without a bias
 
     Shapes      dout (N, oh, ow, O), x (N, H, W, C), weight (kh, kw, C, O)
-                ->  dx (N, H, W, C) or None, dweight (kh, kw, C, O), dbias (O,)
+                ->  dx (N, H, W, C) or None, dweight (kh, kw, C, O), dbias (O,) or None
     """
     xp = array_module(x)
     kh, kw, C, O = weight.shape
@@ -298,7 +299,7 @@ def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True):
         if need_dx:
             dcolumns = (dout_rows @ weight_rows.T).reshape(columns.shape)  # (n, oh, ow, kh*kw*C)
             dx[images] = col2im(dcolumns, x[images].shape, (kh, kw), stride, padding)
-    return dx, dweight.reshape(weight.shape), sum_over_rows(dout)
+    return dx, dweight.reshape(weight.shape), sum_over_rows(dout) if need_dbias else None
 
 
 def im2col(x, kernel_size, stride, padding):
