@@ -13,6 +13,7 @@ has been learned in last.safetensors.
 """
 
 import argparse
+import concurrent.futures
 import csv
 import itertools
 import json
@@ -141,28 +142,25 @@ def main():
         order = np.random.default_rng([args.seed, epoch]).permutation(len(train_images))
         loss_sum, correct, seen = xp.zeros((), xp.float64), xp.zeros((), xp.int64), 0
         progress = Progress(f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch)
-        for batch in range(batches_per_epoch):
-            index = to_device(order[batch * args.batch_size : (batch + 1) * args.batch_size], device)
-            images, labels = train_images[index], train_labels[index]
-            if not args.no_augment:
-                images = random_flip(random_crop(images, args.seed, step), args.seed, step)
-
+        order = to_device(order[: batches_per_epoch * args.batch_size], device)
+        key = None if args.no_augment else args.seed
+        for images, labels in ahead(batches(train_images, train_labels, order, args.batch_size, key, step)):
             optimizer.lr = schedule(step, total_steps, args.lr)
             optimizer.zero_grad()
-            logits = model(normalize(images, cifar10.MEAN, cifar10.STD))
+            logits = model(images)
             loss = loss_function(logits, labels)
             model.backward(loss_function.backward(), need_dx=False)
             optimizer.step()
 
             step += 1
-            seen += len(index)
-            loss_sum += loss * len(index)
+            seen += len(labels)
+            loss_sum += loss * len(labels)
             correct += (logits.argmax(axis=1) == labels).sum()
-            last = batch + 1 == batches_per_epoch or bool(interrupted)
-            if last or batch % STEPS_BETWEEN_READINGS[device] == 0:
+            last = step == epoch * batches_per_epoch or bool(interrupted)
+            if last or (step - 1) % STEPS_BETWEEN_READINGS[device] == 0:
                 train_loss, train_accuracy = float(loss_sum) / seen, float(correct) / seen
                 check_finite("loss", train_loss, epoch, step, args.lr)
-            progress.update(len(index), train_loss, train_accuracy, last)
+            progress.update(len(labels), train_loss, train_accuracy, last)
             if interrupted:
                 break
         progress.close()
@@ -213,6 +211,27 @@ def main():
         f"with the weights of epoch {best_row['epoch']}; {result['seconds']:.0f} s"
     )
     return 0
+
+
+def batches(images, labels, order, batch_size, key, step):
+    """Yield (images, labels), normalised and, if there is a key, augmented by the draws of each step."""
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        batch = images[index]
+        if key is not None:
+            batch = random_flip(random_crop(batch, key, step), key, step)
+        yield normalize(batch, cifar10.MEAN, cifar10.STD), labels[index]
+        step += 1
+
+
+def ahead(items):
+    """Yield the items in their order, each made in another thread while the one before is in use."""
+    items, end = iter(items), object()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item
 
 
 def run_folder(out):
