@@ -6,8 +6,8 @@
 
 Each contestant lives in a process of its own and takes turns with the others: a few training steps each, then a few
 batches of evaluation each, round after round. A machine that slows down slows all of them, so it is the ratios within a
-round that count. The network, the batch and the optimizer (Adam) are the same, in float32, on all cores that the
-process may use. PyTorch runs channels-last, which is its faster layout here.
+round that count. The network, the batch and the optimizer (Adam) are the same, in float32, with as many threads as
+the process may use cores. PyTorch runs channels-last, which is its faster layout here.
 
 Peak memory is that of the whole process after training, interpreter and libraries included.
 """
@@ -15,9 +15,7 @@ Peak memory is that of the whole process after training, interpreter and librari
 import argparse
 import importlib.util
 import multiprocessing
-import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -25,6 +23,8 @@ import time
 import numpy as np
 
 import minires
+from minires.kernels import num_threads
+from minires.kernels.threads import run
 from minires.summary import output_shapes, parts_first
 
 WARMUP = 2  # steps that are not timed
@@ -40,9 +40,8 @@ def main():
     parser.add_argument("--layers", action="store_true", help="only the table of minires by layer")
     args = parser.parse_args()
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    print(f"{cores} cores, {processor()}, {versions}, batch {args.batch_size}")
+    print(f"{num_threads()} threads each, {processor()}, {versions}, batch {args.batch_size}")
     if args.layers:
         print_layers(args.batch_size, args.rounds * args.steps)
         return
@@ -128,7 +127,17 @@ def serve(pipe, contestant, batch_size, steps):
                 for _ in range(steps):
                     getattr(contestant, task)()
                 answer = time.perf_counter() - started
-        pipe.send((answer, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        pipe.send((answer, peak_memory()))
+
+
+def peak_memory():
+    """The most memory that this process has had, in MB; NaN on Windows, where Python does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float("nan")
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on a Mac, KB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class Minires:
@@ -157,6 +166,7 @@ class Torch:
         import torch
         from torch_resnet import TorchResNet
 
+        torch.set_num_threads(num_threads())
         self.torch, self.version = torch, torch.__version__
         self.images = torch.from_numpy(images.transpose(0, 3, 1, 2))  # a view: channels last in memory
         self.labels = torch.from_numpy(labels)
@@ -253,10 +263,10 @@ def product_rate():
 
 
 def copy_rate():
-    """Bytes read and bytes written, both counted, by one core."""
-    a = np.ones(2**26, np.float32)
+    """Bytes read and bytes written, both counted, on all threads."""
+    a = np.ones((64, 2**20), np.float32)
     b = np.empty_like(a)
-    return 2 * a.nbytes / 1e9 / min(seconds(lambda: np.copyto(b, a)) for _ in range(5))
+    return 2 * a.nbytes / 1e9 / min(seconds(lambda: run(lambda i: np.copyto(b[i], a[i]), range(64))) for _ in range(5))
 
 
 def seconds(function):

@@ -4,11 +4,14 @@ The bounds are relative norms in float32: 1e-6 where the same numbers are added 
 convolution, which adds and takes off again.
 """
 
+import concurrent.futures
 import inspect
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -35,6 +38,8 @@ CONVOLUTIONS = [
     (2, 7, 5, 16, 20, 3, 1, 1),  # sizes that tiles of four do not fill
     (3, 6, 13, 32, 16, 3, 1, 1),
     (300, 2, 3, 256, 256, 3, 1, 1),
+    (40, 16, 13, 256, 181, 3, 1, 1),  # more tiles than exist at one time
+    (129, 7, 5, 256, 181, 3, 1, 1),
     (40, 16, 16, 16, 16, 3, 1, 1),
     (3, 9, 7, 5, 6, 3, 2, 1),
     (2, 9, 9, 3, 4, 5, 1, 2),
@@ -113,7 +118,7 @@ def test_convolution_equals_its_twin(rng, N, H, W, C, O, k, stride, padding):
     dout = normal(rng, *reference.conv2d_forward(x, weight, bias, stride, padding).shape)
     arguments = x, weight, bias, stride, padding, dout
     before = [a.copy() for a in (x, weight, bias, dout)]
-    bound = WINOGRAD if cpu.is_for_winograd(weight, stride, padding) else SAME_SUMS
+    bound = WINOGRAD if cpu.is_for_winograd(x.shape, weight.shape, stride, padding) else SAME_SUMS
     actual = all_convolution_results(cpu, *arguments)
     assert_close(actual, all_convolution_results(reference, *arguments), bound)
     for a, b in zip((x, weight, bias, dout), before, strict=True):
@@ -121,11 +126,12 @@ def test_convolution_equals_its_twin(rng, N, H, W, C, O, k, stride, padding):
     no_dx, dweight, _ = cpu.conv2d_backward(dout, x, weight, stride, padding, need_dx=False)
     assert no_dx is None
     np.testing.assert_array_equal(dweight, actual[2])
+    assert cpu.conv2d_backward(dout, x, weight, stride, padding, need_dbias=False)[2] is None
 
 
 def test_winograd_is_used_for_the_networks_convolutions_and_loses_less_than_two_digits(rng):
     x, weight, _ = convolution_arguments(rng, 4, 16, 16, 128, 128, 3)
-    assert cpu.is_for_winograd(weight, 1, 1)
+    assert cpu.is_for_winograd(x.shape, weight.shape, 1, 1)
     exact = reference.conv2d_forward(x.astype(np.float64), weight.astype(np.float64), None, 1, 1)
     winograd, im2col = (relative_error(s.conv2d_forward(x, weight, None, 1, 1), exact) for s in (cpu, reference))
     assert im2col < winograd < 100 * im2col
@@ -174,6 +180,43 @@ def test_batch_norm_keeps_its_digits_where_the_mean_is_large(rng):
     _, mean, var = cpu.batch_norm_forward(x, np.ones(3, np.float32), np.zeros(3, np.float32), 0.0)
     np.testing.assert_allclose(mean, x.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-6)
     np.testing.assert_allclose(var, x.var(axis=(0, 1, 2), dtype=np.float64), rtol=1e-5)
+
+
+def test_batch_norm_takes_a_large_mean_off_first(rng):
+    x, dout = normal(rng, 16, 8, 8, 3) * np.float32(0.01) + 100, normal(rng, 16, 8, 8, 3)
+    weight, bias = normal(rng, 2, 3)
+    mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
+    arguments = [a.astype(np.float64) for a in (x, weight, bias, mean, var)]
+    exact = reference.batch_norm_inference(*arguments, 1e-5)
+    assert relative_error(cpu.batch_norm_inference(x, weight, bias, mean, var, 1e-5), exact) < 1e-6
+    exact, *_ = reference.batch_norm_backward(
+        dout, arguments[0], None, weight, mean.astype(np.float64), arguments[4], 1e-5
+    )
+    assert relative_error(cpu.batch_norm_backward(dout, x, None, weight, mean, var, 1e-5)[0], exact) < 1e-6
+
+
+def test_results_stay_as_they_are_through_later_calls(rng):
+    def results(x, dout):
+        return [*all_convolution_results(cpu, x, weight, None, 1, 1, dout), cpu.add(x, dout)]
+
+    weight = normal(rng, 3, 3, 64, 64)
+    kept = results(normal(rng, 8, 32, 32, 64), normal(rng, 8, 32, 32, 64))
+    copies = [array.copy() for array in kept]
+    results(normal(rng, 8, 32, 32, 64), normal(rng, 8, 32, 32, 64))
+    for array, copied in zip(kept, copies, strict=True):
+        np.testing.assert_array_equal(array, copied)
+
+
+def test_images_that_tiles_do_not_suit_go_another_way():
+    assert not cpu.is_for_winograd((9, 1, 1, 64), (3, 3, 64, 64), 1, 1)
+    assert not cpu.is_for_winograd((9, 2, 3, 64), (3, 3, 64, 64), 1, 1)
+    assert cpu.is_for_winograd((9, 3, 3, 64), (3, 3, 64, 64), 1, 1)
+
+
+def test_an_empty_batch_has_empty_results():
+    layer = minires.Conv2d(16, 16, 3, padding=1)
+    x = np.zeros((0, 8, 8, 16), np.float32)
+    assert layer.backward(layer(x)).shape == x.shape
 
 
 def test_a_constant_channel_has_variance_0():
@@ -362,11 +405,50 @@ def test_what_a_task_raises_reaches_the_caller_and_the_threads_go_on(thread_coun
 
 
 def test_blas_gets_its_threads_back():
-    tell, _ = threads._blas_threads()
+    tell, put = threads._blas_threads()
     before = tell()
-    with threads.one_blas_thread():
-        assert tell() == 1
-    assert tell() == before
+    put(2)
+    try:
+        expected = tell()  # another BLAS than OpenBLAS always tells 1
+        with threads.one_blas_thread(), threads.one_blas_thread():
+            assert tell() == 1
+        assert tell() == expected
+        with pytest.raises(ZeroDivisionError):
+            threads.run(lambda task: 1 // task, range(4))
+        assert tell() == expected
+    finally:
+        put(before)
+
+
+def test_after_an_exception_no_task_goes_on():
+    threads.set_num_threads(2)
+    done, caller = [], threading.current_thread()
+
+    def work(task):
+        if threading.current_thread() is caller:
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        time.sleep(0.1)
+        done.append(task)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            threads.run(work, range(100))
+        finished = len(done)
+        time.sleep(0.3)
+        assert len(done) == finished <= 2
+    finally:
+        threads.set_num_threads(None)
+
+
+def test_several_threads_of_the_caller_get_the_same_bits(rng):
+    x, weight, dout = normal(rng, 8, 16, 16, 32), normal(rng, 3, 3, 32, 32), normal(rng, 8, 16, 16, 32)
+    expected = all_convolution_results(cpu, x, weight, None, 1, 1, dout)
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+        calls = [callers.submit(all_convolution_results, cpu, x, weight, None, 1, 1, dout) for _ in range(12)]
+    for call in calls:
+        for a, b in zip(call.result(), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

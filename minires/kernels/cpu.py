@@ -42,9 +42,9 @@ ROW = 2**13  # numbers in a row that NumPy walks along; longer ones gain nothing
 UPDATE_BLOCK = 2**15  # the same as BLOCK, for an optimizer's update with its many intermediate results
 COLUMN_ROWS = 256  # rows of im2col in a piece: enough that the product is worth the reading of the weights
 TILES = 128  # tiles in a piece of a Winograd convolution, for the same reason
-GROUPS = 16  # sums of a weight gradient that are kept apart: as many threads can share it
+GROUPS = 16  # sums of a weight gradient that are kept apart: as many threads can share it, and no more
 LARGE_WEIGHTS = 2**15  # C * O from which Winograd's weights no longer fit beside a piece: threads share the frequencies
-TILES_AT_ONCE = 512  # tiles that exist at one time then: bounds the memory
+TILES_AT_ONCE = 512  # tiles that exist at one time then, or those of one image: bounds the memory
 
 
 def linear_forward(x, weight, bias=None):
@@ -83,7 +83,7 @@ def add(a, b):
 
 def fold(C, M):
     """Return how many of M rows of C numbers to take as one, so that a row has up to ROW numbers."""
-    return math.gcd(M, max(1, ROW // C))
+    return math.gcd(M, 2 ** (max(1, ROW // C).bit_length() - 1))  # M, pixels times images, is rich in factors of 2
 
 
 def blocks(rows, row_size, size=BLOCK):
@@ -156,13 +156,13 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     rows = np.ascontiguousarray(x).reshape(M // f, f * C)
     residual_rows = None if residual is None else np.ascontiguousarray(residual).reshape(rows.shape)
     out = fresh(rows.shape)
-    scale = weight * rsqrt(var, eps)  # (C,)
-    scale, shift = np.tile(scale, f), np.tile(bias - mean * scale, f)  # (f*C,)
-    zeros = np.zeros_like(shift)
+    mean, scale, bias = (np.tile(v, f) for v in (mean, weight * rsqrt(var, eps), bias))  # (f*C,)
+    zeros = np.zeros_like(mean)  # np.maximum is twice as fast with an array as with a number
 
     def normalise(block):
-        piece = np.multiply(rows[block], scale, out=out[block])
-        piece += shift
+        piece = np.subtract(rows[block], mean, out=out[block])  # first, or the digits of x - mean would be lost
+        piece *= scale
+        piece += bias
         if residual is not None:
             piece += residual_rows[block]
         if relu:
@@ -195,14 +195,15 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
     dbias, dscale = np.sum(run(sums, blocks(*rows.shape)), axis=0)  # (C,) each, float64
     dweight = dscale * rstd
 
-    # dx = scale g + slope x + shift: the formula of the reference, sorted by what varies from row to row
+    # dx = scale g + slope (x - mean) + shift: the formula of the reference, sorted by what varies from row to row
     scale = weight * rstd  # (C,)
     slope = -scale * rstd * dweight / M
-    shift = -scale * dbias / M - slope * mean
+    shift = -scale * dbias / M
     scale, slope, shift = (np.tile(v, f).astype(x.dtype) for v in (scale, slope, shift))  # (f*C,)
 
     def input_gradient(block):
-        piece = np.multiply(rows[block], slope, out=dx[block])
+        piece = np.subtract(rows[block], long_mean, out=dx[block])
+        piece *= slope
         piece += shift
         piece += np.multiply(g[block], scale, out=scratch("block", piece.shape))
 
@@ -213,7 +214,7 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
 def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
     """See `reference.conv2d_forward`. Winograd's way where it serves, else im2col, a few images at a time."""
     x = np.ascontiguousarray(x)
-    if is_for_winograd(weight, stride, padding):
+    if is_for_winograd(x.shape, weight.shape, stride, padding):
         out = winograd_conv2d(x, weight)
     else:
         out = im2col_conv2d(x, weight, stride, padding)
@@ -226,7 +227,7 @@ def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True, need_dbi
     """See `reference.conv2d_backward`."""
     x, dout = np.ascontiguousarray(x), np.ascontiguousarray(dout)
     dbias = sum_over_rows(dout) if need_dbias else None
-    if is_for_winograd(weight, stride, padding):
+    if is_for_winograd(x.shape, weight.shape, stride, padding):
         # x[y] meets out[y - 1 ... y + 1] through the window's last ... first row: dx is a convolution of dout with the
         # window turned by 180 degrees, from O channels to C
         dx = winograd_conv2d(dout, turned(weight)) if need_dx else None
@@ -411,10 +412,16 @@ WEIGHT = np.array(
 OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32)
 
 
-def is_for_winograd(weight, stride, padding):
-    """Whether a convolution has a 3x3 window, stride 1, padding 1, and channels enough to pay for the transforms."""
-    kh, kw, C, O = weight.shape
-    return (kh, kw, stride, padding) == (3, 3, 1, 1) and min(C, O) >= 16
+def is_for_winograd(x_shape, weight_shape, stride, padding):
+    """Whether a convolution has a 3x3 window, stride 1 and padding 1, and Winograd's way pays.
+
+    It does not with few channels, which do not pay for the transforms, nor with images so small that tiles of 4x4 are
+    mostly beyond them: 36 multiplications a tile should be fewer than 6 a pixel, where im2col has 9.
+    """
+    _, H, W, _ = x_shape
+    kh, kw, C, O = weight_shape
+    fills_its_tiles = 36 * tiles_of(H) * tiles_of(W) < 6 * H * W
+    return (kh, kw, stride, padding) == (3, 3, 1, 1) and min(C, O) >= 16 and fills_its_tiles
 
 
 def turned(weight):
@@ -455,7 +462,9 @@ def winograd_conv2d(x, weight):
 
     Limits      It adds and takes off again: relative to float64, forward and dx come out 1.7e-6, 2.4e-6, 3.4e-6 and
                 3.8e-6 off at the four stages of the default network, by im2col 1.6e-7 to 3.7e-7; dweight 2.2e-6 to
-                0.9e-6, by im2col 3.7e-7 to 1.4e-7 (norms, normal numbers, 5 images)
+                0.9e-6, by im2col 3.7e-7 to 1.4e-7 (norms, normal numbers, 5 images). A tile shares the rounding of its
+                largest number; where it holds an infinity or NaN, all of the tile is NaN. Tiles of 2x2 outputs would
+                lose fewer digits and save half as much; the network has no use for them
     Shapes      x (N, H, W, C), weight (3, 3, C, O)  ->  out (N, H, W, O)
     Source      Lavin and Gray 2016, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308, 2015),
                 section 4; their matrices for F(4x4, 3x3)

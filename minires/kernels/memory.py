@@ -34,7 +34,8 @@ def fresh(shape):
     """Return a float32 array with whatever it holds, for a result: what `np.empty` does, from memory that is kept.
 
     Memory is given out again only after the array and every view of it are gone, which Python's count of references
-    tells. What waits never adds to the peak: before new memory is asked for, as much of another size is let go.
+    tells. What waits does not add to the peak of such arrays: before new memory is asked for, as much of another
+    size is let go.
     """
     size = math.prod(shape)
     if size * 4 < SMALLEST:

@@ -24,6 +24,7 @@ import numpy as np
 _calls = threading.RLock()  # one kernel at a time: the BLAS library has one number of threads for the whole process
 _chosen = None
 _pool = None
+_blas_before = None  # the number of BLAS threads to go back to, while a kernel runs
 
 
 def num_threads():
@@ -96,12 +97,20 @@ def run(work, tasks):
                 waiting.clear()
                 raise
 
+    others = []
     with one_blas_thread():
-        others = [_threads().submit(take_tasks) for _ in range(min(num_threads(), len(tasks)) - 1)]
         try:
+            for _ in range(min(num_threads(), len(tasks)) - 1):
+                others.append(_threads().submit(take_tasks))
             take_tasks()
-        finally:
             concurrent.futures.wait(others)
+        except BaseException:  # Ctrl-C among them
+            waiting.clear()
+            raise
+        finally:
+            concurrent.futures.wait(
+                others
+            )  # again, as the first wait may have been interrupted: none may go on writing
         for other in others:
             other.result()  # raises what the thread has raised
     return results
@@ -115,9 +124,12 @@ def _threads():
 
 
 def _forget_threads():
-    """After a fork, the child has none of the threads, and the lock may have been held by one of them."""
-    global _pool, _calls
+    """After a fork, the child has none of the threads, which may have held the lock and BLAS to one thread."""
+    global _pool, _calls, _blas_before
     _pool, _calls = None, threading.RLock()
+    if _blas_before:
+        _blas_threads()[1](_blas_before)
+        _blas_before = None
 
 
 if hasattr(os, "register_at_fork"):
@@ -127,14 +139,17 @@ if hasattr(os, "register_at_fork"):
 @contextlib.contextmanager
 def one_blas_thread():
     """Hold NumPy's matrix products to one thread, and other callers of the kernels back, until the block is left."""
+    global _blas_before
     get, put = _blas_threads()
     with _calls:
-        before = get()
+        before, outer = get(), _blas_before
+        _blas_before = outer or before
         put(1)
         try:
             yield
         finally:
             put(before)
+            _blas_before = outer
 
 
 @functools.cache
