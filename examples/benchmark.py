@@ -201,9 +201,13 @@ def print_layers(batch_size, steps):
     arrays once, at the rate of a copy.
     """
     rng = np.random.default_rng(0)
-    run = Minires(rng.standard_normal((batch_size, 32, 32, 3)).astype(np.float32), rng.integers(0, 10, batch_size))
-    shapes = output_shapes(run.model, (32, 32, 3))
-    leaves = [part for part in parts_first(run.model) if not isinstance(part, minires.Sequential | minires.BasicBlock)]
+    contestant = Minires(
+        rng.standard_normal((batch_size, 32, 32, 3)).astype(np.float32), rng.integers(0, 10, batch_size)
+    )
+    shapes = output_shapes(contestant.model, (32, 32, 3))
+    leaves = [
+        part for part in parts_first(contestant.model) if not isinstance(part, minires.Sequential | minires.BasicBlock)
+    ]
     timings = {(layer, way): [] for layer in leaves for way in ("forward", "backward")}
 
     def timed(layer, way):
@@ -222,13 +226,13 @@ def print_layers(batch_size, steps):
     totals = []
     for _ in range(WARMUP + steps):
         started = time.perf_counter()
-        run.train()
+        contestant.train()
         totals.append(1000 * (time.perf_counter() - started))
 
     gflops, gigabytes = product_rate(), copy_rate()
     print(f"a product of 4096x4096 matrices runs at {gflops:.0f} GFLOP/s, a copy moves {gigabytes:.1f} GB/s\n")
     print(f"{'layer':<26} {'output':<14} {'forward':>8} {'floor':>7} {'backward':>9} {'floor':>7}   milliseconds")
-    names = {module: name for name, module in run.model.named_modules()}
+    names = {module: name for name, module in contestant.model.named_modules()}
     sums = np.zeros(4)
     for layer in leaves:
         forward, backward = (statistics.median(timings[layer, way][WARMUP:]) for way in ("forward", "backward"))

@@ -78,24 +78,21 @@ def at_least(least, below=math.inf):
     return whole_number
 
 
-def positive(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
+def number(expected, valid):
+    def real_number(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not valid(value):
+            raise argparse.ArgumentTypeError(f"expected a number {expected}, got {text}")
+        return value
+
+    return real_number
 
 
-def probability(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text}")
-    return value
+positive = number("above 0", lambda value: 0 < value < math.inf)
+probability = number("from 0 to below 1", lambda value: 0 <= value < 1)
 
 
 def main():
