@@ -652,14 +652,20 @@ def output_transform_backward(dout, dM):
     np.matmul(OUTPUT.T, half, out=tile_axes(dM, n, th, tw))
 
 
-def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+def sum_of_squares(x):
+    """See `reference.sum_of_squares`. A block at a time; what the blocks give is added up in float64."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    return np.sum(run(lambda b: flat[b] @ flat[b], blocks(flat.size, 1)), dtype=np.float64).astype(x.dtype)
+
+
+def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0, grad_scale=1.0):
     """See `reference.sgd_update`. A block at a time, so that what the steps in between make stays in the cache."""
-    update_blocks(reference.sgd_update, (param, grad, velocity), lr, momentum, nesterov, weight_decay)
+    update_blocks(reference.sgd_update, (param, grad, velocity), lr, momentum, nesterov, weight_decay, grad_scale)
 
 
-def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0):
+def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_scale=1.0):
     """See `reference.adam_update`. A block at a time, so that what the steps in between make stays in the cache."""
-    update_blocks(reference.adam_update, (param, grad, m, v), step, lr, betas, eps, weight_decay)
+    update_blocks(reference.adam_update, (param, grad, m, v), step, lr, betas, eps, weight_decay, grad_scale)
 
 
 def update_blocks(update, arrays, *settings):

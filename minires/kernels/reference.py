@@ -351,16 +351,24 @@ def image_chunks(out_shape, weight_shape, itemsize):
     return [slice(start, start + images) for start in range(0, N, images)]
 
 
-def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+def sum_of_squares(x):
+    """Return the sum of the squares of all numbers in x, an array without axes on the device of x."""
+    return (x * x).sum()
+
+
+def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0, grad_scale=1.0):
     """Move a parameter against its gradient; writes to param and velocity.
 
-    Update      g = grad + weight_decay param        velocity = momentum velocity + g
+    Update      g = grad_scale grad + weight_decay param        velocity = momentum velocity + g
                 param = param - lr (g + momentum velocity if nesterov, else velocity)
 
+    Args        grad_scale: takes back the factor that a loss in 16 bits is given to keep small gradients above 0
     Shapes      param, grad and velocity of one shape; velocity starts at 0, and is None without momentum
     Source      Sutskever et al. 2013, "On the importance of initialization and momentum", in PyTorch's form, in which
                 lr scales the velocity when it is used, not when it is built up
     """
+    if grad_scale != 1:
+        grad = grad_scale * grad
     if weight_decay:
         grad = grad + weight_decay * param
     if momentum:
@@ -370,20 +378,23 @@ def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_d
     param -= lr * grad
 
 
-def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0):
+def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_scale=1.0):
     """Move a parameter by about lr, whatever the scale of its gradient; writes to param, m and v.
 
-    Update      g = grad + weight_decay param        m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+    Update      g = grad_scale grad + weight_decay param
+                m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
                 param = param - lr m_hat / (sqrt(v_hat) + eps)
                 m_hat = m / (1 - beta1^step)        v_hat = v / (1 - beta2^step)
 
     Why         m and v start at 0 and are too small at first, by exactly these factors if the gradient is constant.
 
-    Args        step: 1 at the first update
+    Args        step: 1 at the first update; grad_scale: as in `sgd_update`
     Shapes      param, grad, m and v of one shape; m and v start at 0
     Source      Kingma and Ba 2015, algorithm 1; weight_decay is added to the gradient, as in PyTorch's Adam
     """
     beta1, beta2 = betas
+    if grad_scale != 1:
+        grad = grad_scale * grad
     if weight_decay:
         grad = grad + weight_decay * param
     m *= beta1
