@@ -204,7 +204,7 @@ def test_every_tile_of_the_implicit_convolution(xp, rng, precision, tile, monkey
         pytest.skip("uses no tiles")
     dtype = "float16" if precision == "float16" else "float32"
     monkeypatch.setattr(gpu, "TILES", (tile,))
-    monkeypatch.setattr(gpu, "GRADIENT_TILES", (tile if tile in gpu.GRADIENT_TILES else (64, 64, 32, 32, 4),))
+    monkeypatch.setattr(gpu, "GRADIENT_TILES", (gpu.GRADIENT_TILES[gpu.TILES.index(tile)],))
     x, weight = draw(rng, dtype, 2, 9, 8, 128), draw(rng, "float32", 3, 3, 128, 128)
     for stride in (1, 2):
         expected = reference.conv2d_forward(x, weight, None, stride, 1)

@@ -177,7 +177,7 @@ __global__ void softmax_cross_entropy(const T* logits, const L* labels, float* p
     double total = 0;
     for (int n = warp; n < N; n += warps) {
         const T* row = logits + (long long)n * K;
-        float largest = -INFINITY;
+        float largest = -3.402823466e38f;  // of all floats the smallest
         for (int k = lane; k < K; k += 32) largest = fmaxf(largest, float(row[k]));
         for (int other = 16; other; other /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
         float sum = 0, shifted_sum = 0;
@@ -214,96 +214,94 @@ __global__ void softmax_cross_entropy_backward(const float* probabilities, const
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Batch normalisation: statistics in two stages, and with them one pass for what follows
+// Batch normalisation: statistics in two stages, and then one pass for all the rest
 //
 // A block's threads stand in a rectangle: threadIdx.x is the place among the channels (V of them), threadIdx.y the row.
-// blockDim.y is a power of 2. A block takes ROWS rows for each of its threads; blockIdx.x counts such chunks of rows, blockIdx.y slices of channels.
+// A block takes a chunk of ROWS rows for each of its threads; blockIdx.x counts chunks, blockIdx.y slices of channels.
+// blockDim.x is a power of 2 up to 32, and there are 256 threads. Where the last chunk is not full, its threads read the
+// last row again and leave it out: loads without a condition can all be under way at once.
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Count, mean and sum of squares around the mean of some numbers, and of two such groups together; the sum of squares
-// cannot become negative. Source: Chan, Golub and LeVeque 1979.
-struct Moments {
-    float count, mean, squares;
-};
-__device__ __forceinline__ Moments together(const Moments& a, const Moments& b) {
-    if (b.count == 0) return a;
-    if (a.count == 0) return b;
-    const float count = a.count + b.count, difference = b.mean - a.mean, share = b.count / count;
-    return {count, a.mean + difference * share, a.squares + b.squares + difference * difference * a.count * share};
+// Add up each of V values over the rows of the block's threads; every thread gets the sums of its channels.
+template <int V> __device__ __forceinline__ void sum_over_block(float (&value)[V], float* shared) {
+    const int lanes = blockDim.x, thread = threadIdx.y * lanes + threadIdx.x;
+    for (int other = lanes; other < 32; other *= 2)
+        for (int v = 0; v < V; ++v) value[v] += __shfl_xor_sync(0xffffffffu, value[v], other);
+    if (thread % 32 < lanes)
+        for (int v = 0; v < V; ++v) shared[thread / 32 * lanes * V + threadIdx.x * V + v] = value[v];
+    __syncthreads();
+    if (thread < lanes * V) {
+        float sum = 0;
+        for (int warp = 0; warp < 8; ++warp) sum += shared[warp * lanes * V + thread];
+        shared[8 * lanes * V + thread] = sum;
+    }
+    __syncthreads();
+    for (int v = 0; v < V; ++v) value[v] = shared[8 * lanes * V + threadIdx.x * V + v];
+    __syncthreads();
 }
 
-// Stage one: the moments of each channel in each chunk of rows, partial (chunks, 2, C).   Bytes: 1 of x
-// Each thread keeps its ROWS rows in registers, and so can take the mean before the squares.
+// Stage one: of each channel in each chunk, the mean and the sum of squares around it; partial (chunks, 2, C).
+// The chunk stays in registers, so that the squares can be taken around a mean that is known.   Bytes: 1 of x
 template <typename T, int V, int ROWS>
 __global__ void __launch_bounds__(256) batch_norm_moments(const T* x, float* partial, int M, int C) {
-    __shared__ float means[256 * V], squares[256 * V], counts[256];
-    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
-    const int row = blockIdx.x * ROWS * blockDim.y + threadIdx.y;
+    __shared__ float shared[9 * 32 * V];
+    const int c = min((int)(blockIdx.y * blockDim.x + threadIdx.x) * V, C - V), step = blockDim.y;
+    const int first = blockIdx.x * ROWS * step, row = first + threadIdx.y;
     Pack<T, V> p[ROWS];
-    int count = 0;  // the same for all channels of a row of threads
-    float mean[V] = {}, square[V] = {};
-    for (int i = 0; i < ROWS; ++i) count += row + i * (int)blockDim.y < M;
-    if (c < C) {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-            if (row + i * (int)blockDim.y < M) p[i] = load<V>(x + (long long)(row + i * blockDim.y) * C + c);
+    for (int i = 0; i < ROWS; ++i) p[i] = load<V>(x + (long long)min(row + i * step, M - 1) * C + c);
+    float mean[V] = {}, squares[V] = {};
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-            if (row + i * (int)blockDim.y < M)
-                for (int v = 0; v < V; ++v) mean[v] += float(p[i].item[v]);
-        for (int v = 0; v < V; ++v) mean[v] /= max(count, 1);
+    for (int i = 0; i < ROWS; ++i)
+        for (int v = 0; v < V; ++v) mean[v] += row + i * step < M ? float(p[i].item[v]) : 0.f;
+    sum_over_block(mean, shared);
+    const float share = 1.f / min(ROWS * step, M - first);
+    for (int v = 0; v < V; ++v) mean[v] *= share;
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-            if (row + i * (int)blockDim.y < M)
-                for (int v = 0; v < V; ++v) {
-                    const float centred = float(p[i].item[v]) - mean[v];
-                    square[v] += centred * centred;
-                }
-    }
-    const int place = (threadIdx.y * blockDim.x + threadIdx.x) * V;
-    for (int v = 0; v < V; ++v) means[place + v] = mean[v], squares[place + v] = square[v];
-    if (threadIdx.x == 0) counts[threadIdx.y] = count;
-    __syncthreads();
-    for (int half_way = blockDim.y / 2; half_way; half_way /= 2) {
-        const int y = threadIdx.y, other = place + half_way * blockDim.x * V;
-        if (y < half_way)
-            for (int v = 0; v < V; ++v) {
-                const Moments sum = together({counts[y], means[place + v], squares[place + v]},
-                                             {counts[y + half_way], means[other + v], squares[other + v]});
-                means[place + v] = sum.mean, squares[place + v] = sum.squares;
-            }
-        __syncthreads();
-        if (y < half_way && threadIdx.x == 0) counts[y] += counts[y + half_way];
-        __syncthreads();
-    }
-    if (threadIdx.y == 0 && c < C)
+    for (int i = 0; i < ROWS; ++i)
         for (int v = 0; v < V; ++v) {
-            partial[(blockIdx.x * 2LL + 0) * C + c + v] = means[place + v];
-            partial[(blockIdx.x * 2LL + 1) * C + c + v] = squares[place + v];
+            const float centred = row + i * step < M ? float(p[i].item[v]) - mean[v] : 0.f;
+            squares[v] += centred * centred;
+        }
+    sum_over_block(squares, shared);
+    if (threadIdx.y == 0)
+        for (int v = 0; v < V; ++v) {
+            partial[(blockIdx.x * 2LL + 0) * C + c + v] = mean[v];
+            partial[(blockIdx.x * 2LL + 1) * C + c + v] = squares[v];
         }
 }
 
-// Stage two: the moments of all chunks together.   Grid: 32 channels a block, 32 threads for each.   Bytes: the partials
-__global__ void __launch_bounds__(1024)
-    batch_norm_merge(const float* partial, float* mean, float* var, int chunks, int chunk_rows, int M, int C) {
-    __shared__ Moments shared[32][33];
-    const int c = blockIdx.x * 32 + threadIdx.x;
-    Moments sum = {0, 0, 0};
-    if (c < C)
-        for (int chunk = threadIdx.y; chunk < chunks; chunk += 32)
-            sum = together(sum, {(float)min(chunk_rows, M - chunk * chunk_rows), partial[chunk * 2LL * C + c],
-                                 partial[(chunk * 2LL + 1) * C + c]});
-    shared[threadIdx.y][threadIdx.x] = sum;
+// Add up a value over the 32 rows of a block of (8, 32) threads; every thread gets the sum of its column.
+__device__ __forceinline__ double sum_over_columns(double value, double (*shared)[9]) {
+    shared[threadIdx.y][threadIdx.x] = value;
     __syncthreads();
-    for (int half_way = 16; half_way; half_way /= 2) {
-        if ((int)threadIdx.y < half_way)
-            shared[threadIdx.y][threadIdx.x] =
-                together(shared[threadIdx.y][threadIdx.x], shared[threadIdx.y + half_way][threadIdx.x]);
-        __syncthreads();
+    double sum = 0;
+    for (int y = 0; y < 32; ++y) sum += shared[y][threadIdx.x];
+    __syncthreads();
+    return sum;
+}
+
+// Stage two: mean and variance from those of all chunks. Around the mean of all rows, a chunk's sum of squares is larger
+// by count (mean of the chunk - mean)^2. Source: Chan, Golub and LeVeque 1979.
+// Grid: 8 channels a block, 32 threads for each.   Bytes: the partials
+__global__ void __launch_bounds__(256)
+    batch_norm_merge(const float* partial, float* mean, float* var, int chunks, int chunk_rows, int M, int C) {
+    __shared__ double shared[32][9];
+    const int c = min((int)(blockIdx.x * 8 + threadIdx.x), C - 1);
+    double total = 0, squares = 0;
+#pragma unroll 4
+    for (int chunk = threadIdx.y; chunk < chunks; chunk += 32)
+        total += (double)partial[chunk * 2LL * C + c] * min(chunk_rows, M - chunk * chunk_rows);
+    const double centre = sum_over_columns(total, shared) / M;
+#pragma unroll 4
+    for (int chunk = threadIdx.y; chunk < chunks; chunk += 32) {
+        const double apart = partial[chunk * 2LL * C + c] - centre;
+        squares += partial[(chunk * 2LL + 1) * C + c] + apart * apart * min(chunk_rows, M - chunk * chunk_rows);
     }
-    if (threadIdx.y == 0 && c < C) {
-        mean[c] = shared[0][threadIdx.x].mean;
-        var[c] = shared[0][threadIdx.x].squares / M;
+    squares = sum_over_columns(squares, shared);
+    if (threadIdx.y == 0) {
+        mean[c] = float(centre);
+        var[c] = float(squares / M);
     }
 }
 
@@ -322,7 +320,8 @@ template <typename T, int V, int ROWS>
 __global__ void __launch_bounds__(256)
     batch_norm_apply(const T* x, const T* residual, const float* weight, const float* bias, const float* mean,
                      const float* var, T* out, int M, int C, float eps, bool relu) {
-    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V, row = blockIdx.x * ROWS * blockDim.y + threadIdx.y;
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V, step = blockDim.y;
+    const int row = blockIdx.x * ROWS * step + threadIdx.y;
     if (c >= C) return;
     float scale[V], centre[V], shift[V];
     for (int v = 0; v < V; ++v) {
@@ -332,17 +331,15 @@ __global__ void __launch_bounds__(256)
     }
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        if (row + i * (int)blockDim.y >= M) break;
-        const long long at = (long long)(row + i * blockDim.y) * C + c;
+        const long long at = (long long)min(row + i * step, M - 1) * C + c;
         const Pack<T, V> p = load<V>(x + at);
-        Pack<T, V> r, result;
+        Pack<T, V> r = {}, result;
         if (residual) r = load<V>(residual + at);
         for (int v = 0; v < V; ++v) {
-            float y = (float(p.item[v]) - centre[v]) * scale[v] + shift[v];
-            if (residual) y += float(r.item[v]);
+            const float y = (float(p.item[v]) - centre[v]) * scale[v] + shift[v] + float(r.item[v]);
             result.item[v] = T(relu ? fmaxf(y, 0.f) : y);
         }
-        store(out + at, result);
+        if (row + i * step < M) store(out + at, result);
     }
 }
 
@@ -352,69 +349,47 @@ template <typename T, int V, int ROWS>
 __global__ void __launch_bounds__(256)
     batch_norm_backward_sums(const T* dout, const T* x, const T* out, const float* mean, const float* var,
                              float* partial, int M, int C, float eps, bool relu) {
-    __shared__ float sums[256 * V], products[256 * V];
-    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V, row = blockIdx.x * ROWS * blockDim.y + threadIdx.y;
-    float sum[V] = {}, product[V] = {};
-    if (c < C) {
-        float centre[V];
-        for (int v = 0; v < V; ++v) centre[v] = mean[c + v];
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            if (row + i * (int)blockDim.y >= M) break;
-            const long long at = (long long)(row + i * blockDim.y) * C + c;
-            const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at);
-            Pack<T, V> o;
-            if (relu) o = load<V>(out + at);
-            for (int v = 0; v < V; ++v) {
-                const float g = relu && !(float(o.item[v]) > 0) ? 0.f : float(d.item[v]);
-                sum[v] += g;
-                product[v] += g * (float(p.item[v]) - centre[v]);
-            }
-        }
-        for (int v = 0; v < V; ++v) product[v] *= rsqrtf(var[c + v] + eps);
-    }
-    const int place = (threadIdx.y * blockDim.x + threadIdx.x) * V;
-    for (int v = 0; v < V; ++v) sums[place + v] = sum[v], products[place + v] = product[v];
-    __syncthreads();
-    for (int half_way = blockDim.y / 2; half_way; half_way /= 2) {
-        if ((int)threadIdx.y < half_way)
-            for (int v = 0; v < V; ++v) {
-                sums[place + v] += sums[place + half_way * blockDim.x * V + v];
-                products[place + v] += products[place + half_way * blockDim.x * V + v];
-            }
-        __syncthreads();
-    }
-    if (threadIdx.y == 0 && c < C)
+    __shared__ float shared[9 * 32 * V];
+    const int c = min((int)(blockIdx.y * blockDim.x + threadIdx.x) * V, C - V), step = blockDim.y;
+    const int row = blockIdx.x * ROWS * step + threadIdx.y;
+    float centre[V], sum[V] = {}, product[V] = {};
+    for (int v = 0; v < V; ++v) centre[v] = mean[c + v];
+#pragma unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+        const long long at = (long long)min(row + i * step, M - 1) * C + c;
+        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at), o = load<V>((relu ? out : x) + at);
         for (int v = 0; v < V; ++v) {
-            partial[(blockIdx.x * 2LL + 0) * C + c + v] = sums[place + v];
-            partial[(blockIdx.x * 2LL + 1) * C + c + v] = products[place + v];
+            const bool counts = row + i * step < M && (!relu || float(o.item[v]) > 0);
+            const float g = counts ? float(d.item[v]) : 0.f;
+            sum[v] += g;
+            product[v] += g * (float(p.item[v]) - centre[v]);
+        }
+    }
+    sum_over_block(sum, shared);
+    sum_over_block(product, shared);
+    if (threadIdx.y == 0)
+        for (int v = 0; v < V; ++v) {
+            partial[(blockIdx.x * 2LL + 0) * C + c + v] = sum[v];
+            partial[(blockIdx.x * 2LL + 1) * C + c + v] = product[v] * rsqrtf(var[c + v] + eps);
         }
 }
 
-// Backward, stage two: dbias and dweight.   Grid: 32 channels a block, 32 threads for each
-__global__ void __launch_bounds__(1024)
+// Backward, stage two: dbias and dweight.   Grid: 8 channels a block, 32 threads for each
+__global__ void __launch_bounds__(256)
     batch_norm_backward_merge(const float* partial, float* dbias, float* dweight, int chunks, int C) {
-    __shared__ double sums[32][33], products[32][33];
-    const int c = blockIdx.x * 32 + threadIdx.x;
+    __shared__ double shared[32][9];
+    const int c = min((int)(blockIdx.x * 8 + threadIdx.x), C - 1);
     double sum = 0, product = 0;
-    if (c < C)
-        for (int chunk = threadIdx.y; chunk < chunks; chunk += 32) {
-            sum += partial[chunk * 2LL * C + c];
-            product += partial[(chunk * 2LL + 1) * C + c];
-        }
-    sums[threadIdx.y][threadIdx.x] = sum;
-    products[threadIdx.y][threadIdx.x] = product;
-    __syncthreads();
-    for (int half_way = 16; half_way; half_way /= 2) {
-        if ((int)threadIdx.y < half_way) {
-            sums[threadIdx.y][threadIdx.x] += sums[threadIdx.y + half_way][threadIdx.x];
-            products[threadIdx.y][threadIdx.x] += products[threadIdx.y + half_way][threadIdx.x];
-        }
-        __syncthreads();
+#pragma unroll 4
+    for (int chunk = threadIdx.y; chunk < chunks; chunk += 32) {
+        sum += partial[chunk * 2LL * C + c];
+        product += partial[(chunk * 2LL + 1) * C + c];
     }
-    if (threadIdx.y == 0 && c < C) {
-        dbias[c] = float(sums[0][threadIdx.x]);
-        dweight[c] = float(products[0][threadIdx.x]);
+    sum = sum_over_columns(sum, shared);
+    product = sum_over_columns(product, shared);
+    if (threadIdx.y == 0) {
+        dbias[c] = float(sum);
+        dweight[c] = float(product);
     }
 }
 
@@ -425,30 +400,30 @@ __global__ void __launch_bounds__(256)
     batch_norm_backward_apply(const T* dout, const T* x, const T* out, const float* weight, const float* mean,
                               const float* var, const float* dbias, const float* dweight, T* dx, T* dresidual, int M,
                               int C, float eps, bool relu) {
-    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V, row = blockIdx.x * ROWS * blockDim.y + threadIdx.y;
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V, step = blockDim.y;
+    const int row = blockIdx.x * ROWS * step + threadIdx.y;
     if (c >= C) return;
-    float centre[V], along_one[V], along_x_hat[V], scale[V];
+    float scale[V], slope[V], shift[V];  // dx = scale g - slope x - shift: the formula, sorted by what varies
     for (int v = 0; v < V; ++v) {
         const float rstd = rsqrtf(var[c + v] + eps);
-        centre[v] = mean[c + v];
-        along_one[v] = dbias[c + v] / M;
-        along_x_hat[v] = dweight[c + v] / M * rstd;
         scale[v] = weight[c + v] * rstd;
+        slope[v] = scale[v] * rstd * dweight[c + v] / M;
+        shift[v] = scale[v] * dbias[c + v] / M;
     }
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < ROWS; ++i) {
-        if (row + i * (int)blockDim.y >= M) break;
-        const long long at = (long long)(row + i * blockDim.y) * C + c;
-        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at);
-        Pack<T, V> o, result, masked;
-        if (relu) o = load<V>(out + at);
+        const long long at = (long long)min(row + i * step, M - 1) * C + c;
+        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at), o = load<V>((relu ? out : x) + at);
+        Pack<T, V> result, masked;
         for (int v = 0; v < V; ++v) {
             const float g = relu && !(float(o.item[v]) > 0) ? 0.f : float(d.item[v]);
-            result.item[v] = T((g - along_one[v] - (float(p.item[v]) - centre[v]) * along_x_hat[v]) * scale[v]);
+            result.item[v] = T(g * scale[v] - (float(p.item[v]) - mean[c + v]) * slope[v] - shift[v]);
             masked.item[v] = T(g);
         }
-        store(dx + at, result);
-        if (dresidual) store(dresidual + at, masked);
+        if (row + i * step < M) {
+            store(dx + at, result);
+            if (dresidual) store(dresidual + at, masked);
+        }
     }
 }
 
@@ -458,20 +433,33 @@ __global__ void __launch_bounds__(256)
 
 // columns[(n, i, j), (h, w, c)] = x[n, i stride + h - padding, j stride + w - padding, c]; a row has `row_size` places, and
 // what is beyond kh kw C is 0.   Grid: a thread for V places.   Bytes: x and the columns, 1 each
-template <typename T, int V>
+// V divides row_size; where it divides C as well, the V places are one load (WHOLE).
+template <typename T, int V, bool WHOLE>
 __global__ void im2col(const T* x, T* columns, long long size, int row_size, int H, int W, int C, int oh, int ow,
                        int kh, int kw, int stride, int padding) {
     const long long at = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * V;
     if (at >= size) return;
-    const int k = at % row_size, c = k % C, w = k / C % kw, h = k / C / kw;
-    const long long row = at / row_size;
+    const int row = at / row_size, k = at % row_size;
     const int j = row % ow, i = row / ow % oh, n = row / ow / oh;
-    const int y = i * stride + h - padding, z = j * stride + w - padding;
+    int c = k % C, w = k / C % kw, h = k / C / kw;
     Pack<T, V> p;
-    if (h < kh && y >= 0 && y < H && z >= 0 && z < W)
-        p = load<V>(x + (((long long)n * H + y) * W + z) * C + c);
-    else
-        for (int v = 0; v < V; ++v) p.item[v] = T(0.f);
+    if (WHOLE) {
+        const int y = i * stride + h - padding, z = j * stride + w - padding;
+        const bool inside = h < kh && y >= 0 && y < H && z >= 0 && z < W;
+        if (inside)
+            p = load<V>(x + (((long long)n * H + y) * W + z) * C + c);
+        else
+            for (int v = 0; v < V; ++v) p.item[v] = T(0.f);
+    } else
+        for (int v = 0; v < V; ++v) {
+            const int y = i * stride + h - padding, z = j * stride + w - padding;
+            const bool inside = h < kh && y >= 0 && y < H && z >= 0 && z < W;
+            p.item[v] = inside ? x[(((long long)n * H + y) * W + z) * C + c] : T(0.f);
+            if (++c == C) {
+                c = 0;
+                if (++w == kw) w = 0, ++h;
+            }
+        }
     store(columns + at, p);
 }
 
@@ -511,12 +499,12 @@ template <typename T> __global__ void cast(const float* from, T* to, int size) {
 // Convolution without columns, on the tensor cores
 //
 // The product of im2col is computed, but its columns never exist: a block gathers the part of them that it needs straight
-// into shared memory. A block computes a tile of BM x BN outputs, stepping through the inner dimension 64 bytes at a time
-// (BK = 32 halves or 16 floats). STAGES such steps are under way at any time: while the tensor cores multiply one, the
-// next ones are being copied. A warp computes WM x WN of the tile in pieces of 16 x 8, held in registers.
+// into shared memory. A block computes a tile of BM x BN outputs, stepping through the inner dimension INNER bytes at a
+// time (BK numbers). STAGES such steps are under way at any time: while the tensor cores multiply one, the next ones are
+// being copied. A warp computes WM x WN of the tile in pieces of 16 x 8, held in registers.
 //
 // Tiles lie in shared memory in one of two ways, as they lie in global memory:
-//     inner     a row holds 64 bytes along the inner dimension; `ldmatrix` hands them out as the tensor cores want them
+//     inner     a row holds INNER bytes along the inner dimension, 64 or 128; `ldmatrix` hands them out as the tensor cores want them
 //     outer     a row holds BM or BN numbers of one place of the inner dimension, and has to be transposed on the way:
 //               `ldmatrix` can for halves, floats are fetched one by one
 // In both, 16-byte chunks are swapped around within their row ("swizzled"), so that the eight rows of a matrix lie in
@@ -526,13 +514,13 @@ template <typename T> __global__ void cast(const float* from, T* to, int size) {
 // Source: the technique is that of CUTLASS's implicit GEMM; cuDNN's paper (Chetlur et al. 2014) describes the idea.
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int INNER_BYTES = 64;
-
-__device__ __forceinline__ int inner_place(int row, int chunk) {
-    return row * INNER_BYTES + ((chunk ^ (row >> 1 & 3)) << 4);
+template <int INNER> __device__ __forceinline__ int inner_place(int row, int chunk) {
+    return row * INNER + ((chunk ^ (INNER == 128 ? row & 7 : row >> 1 & 3)) << 4);
 }
 template <typename T, int WIDTH> __device__ __forceinline__ int outer_place(int row, int chunk) {
-    return row * WIDTH * (int)sizeof(T) + ((chunk ^ (sizeof(T) == 2 ? row & 7 : (row & 3) << 1)) << 4);
+    constexpr int BYTES = WIDTH * sizeof(T);
+    const int swizzle = sizeof(T) == 4 ? (row & 3) << 1 : BYTES >= 128 ? row & 7 : row >> 1 & 3;
+    return row * BYTES + ((chunk ^ swizzle) << 4);
 }
 
 // The tensor cores cut a float's fraction after 10 bits; adding half of what is cut first makes that a rounding.
@@ -542,9 +530,10 @@ __device__ __forceinline__ void round_to_tf32(float, unsigned (&r)[4]) {
 }
 
 // A 16 x 32-byte piece of the left factor, at rows `first` of the tile and the `part`-th 32 bytes of the inner dimension
-template <typename T> __device__ __forceinline__ void left_inner(unsigned (&a)[4], const byte* tile, int first, int part) {
+template <typename T, int INNER>
+__device__ __forceinline__ void left_inner(unsigned (&a)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
-    load_matrices(a, tile + inner_place(first + lane % 16, part * 2 + lane / 16));
+    load_matrices(a, tile + inner_place<INNER>(first + lane % 16, part * 2 + lane / 16));
     round_to_tf32(T(0.f), a);
 }
 template <int WIDTH> __device__ __forceinline__ void left_outer(half, unsigned (&a)[4], const byte* tile, int first, int part) {
@@ -561,9 +550,10 @@ template <int WIDTH> __device__ __forceinline__ void left_outer(float, unsigned 
     round_to_tf32(0.f, a);
 }
 // Two neighbouring 32-byte x 8 pieces of the right factor: b[0], b[1] for columns `first`, b[2], b[3] for the next 8
-template <typename T> __device__ __forceinline__ void right_inner(unsigned (&b)[4], const byte* tile, int first, int part) {
+template <typename T, int INNER>
+__device__ __forceinline__ void right_inner(unsigned (&b)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
-    load_matrices(b, tile + inner_place(first + lane % 8 + lane / 16 * 8, part * 2 + lane / 8 % 2));
+    load_matrices(b, tile + inner_place<INNER>(first + lane % 8 + lane / 16 * 8, part * 2 + lane / 8 % 2));
     round_to_tf32(T(0.f), b);
 }
 template <int WIDTH> __device__ __forceinline__ void right_outer(half, unsigned (&b)[4], const byte* tile, int first, int part) {
@@ -588,13 +578,13 @@ template <int WIDTH> __device__ __forceinline__ void right_outer(float, unsigned
 //
 // weight (kh, kw, C, O); the source's channels are a multiple of BK, the target's of BN.
 // Grid: (tiles of rows, target channels / BN, phases)
-template <typename T, int BM, int BN, int WM, int WN, int STAGES, bool FORWARD>
+template <typename T, int BM, int BN, int WM, int WN, int STAGES, int INNER, bool FORWARD>
 __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     convolve(const T* source, const T* weight, T* target, int N, int H, int W, int C, int oh, int ow, int O, int kh,
              int kw, int stride, int padding) {
-    constexpr int THREADS = BM / WM * (BN / WN) * 32, CHUNK = 16 / sizeof(T), BK = INNER_BYTES / sizeof(T);
-    constexpr int LEFT = BM * INNER_BYTES, RIGHT = BN * INNER_BYTES, ROW_STEP = THREADS / 4;
-    constexpr int LEFT_COPIES = BM / ROW_STEP, RIGHT_COPIES = BN * 4 / THREADS;
+    constexpr int THREADS = BM / WM * (BN / WN) * 32, CHUNK = 16 / sizeof(T), BK = INNER / sizeof(T);
+    constexpr int LEFT = BM * INNER, RIGHT = BN * INNER, ACROSS = INNER / 16, ROW_STEP = THREADS / ACROSS;
+    constexpr int LEFT_COPIES = BM / ROW_STEP, RIGHT_COPIES = BN * ACROSS / THREADS;
     extern __shared__ __align__(128) byte shared[];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int warp_m = warp / (BN / WN) * WM, warp_n = warp % (BN / WN) * WN;
@@ -614,7 +604,7 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     const int steps = max(taps_h, 0) * max(taps_w, 0) * (channels / BK);
 
     // The rows that this thread gathers: the source's pixel at the first tap
-    const int chunk = thread % 4, chunk_row = thread / 4;
+    const int chunk = thread % ACROSS, chunk_row = thread / ACROSS;
     int origin[LEFT_COPIES], row_y[LEFT_COPIES], row_x[LEFT_COPIES];
 #pragma unroll
     for (int i = 0; i < LEFT_COPIES; ++i) {
@@ -634,20 +624,19 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
         for (int i = 0; i < LEFT_COPIES; ++i) {
             const int y = row_y[i] + dy, x = row_x[i] + dx;
             const bool inside = y >= 0 && y < source_h && x >= 0 && x < source_w;
-            copy16(left + inner_place(chunk_row + i * ROW_STEP, chunk),
+            copy16(left + inner_place<INNER>(chunk_row + i * ROW_STEP, chunk),
                    inside ? source + origin[i] + (dy * source_w + dx) * channels + channel : source, inside);
         }
         const int tap = (first_h + tap_y * tap_step) * kw + first_w + tap_x * tap_step;
 #pragma unroll
         for (int i = 0; i < RIGHT_COPIES; ++i) {
             if (FORWARD) {  // O is outermost in memory: rows of the inner dimension, c
-                constexpr int ACROSS = BN / CHUNK;
-                const int id = thread + i * THREADS, c = id / ACROSS, n = id % ACROSS;
+                const int id = thread + i * THREADS, c = id / (BN / CHUNK), n = id % (BN / CHUNK);
                 copy16(right + outer_place<T, BN>(c, n),
                        weight + ((long long)tap * C + channel + c) * O + first_column + n * CHUNK, true);
             } else {  // rows of the outer dimension, c; the inner one, O, lies along them
                 const int row = chunk_row + i * ROW_STEP;
-                copy16(right + inner_place(row, chunk),
+                copy16(right + inner_place<INNER>(row, chunk),
                        weight + ((long long)tap * C + first_column + row) * O + channel + chunk * CHUNK, true);
             }
         }
@@ -670,16 +659,16 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
         end_of_copies();
         const byte *left = shared + step % STAGES * (LEFT + RIGHT), *right = left + LEFT;
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
+        for (int part = 0; part < INNER / 32; ++part) {
             unsigned a[WM / 16][4], b[WN / 16][4];
 #pragma unroll
-            for (int i = 0; i < WM / 16; ++i) left_inner<T>(a[i], left, warp_m + i * 16, part);
+            for (int i = 0; i < WM / 16; ++i) left_inner<T, INNER>(a[i], left, warp_m + i * 16, part);
 #pragma unroll
             for (int j = 0; j < WN / 16; ++j)
                 if (FORWARD)
                     right_outer<BN>(T(0.f), b[j], right, warp_n + j * 16, part);
                 else
-                    right_inner<T>(b[j], right, warp_n + j * 16, part);
+                    right_inner<T, INNER>(b[j], right, warp_n + j * 16, part);
 #pragma unroll
             for (int i = 0; i < WM / 16; ++i)
 #pragma unroll
@@ -718,14 +707,14 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
 // dout, is long and the result small: blockIdx.z takes `places_each` of the places, and writes to its own part of
 // partial (splits, kh, kw, C, O), which `sum_splits` adds up.
 // C is a multiple of BM, O of BN.   Grid: (C / BM * O / BN, kh * kw, splits)
-template <typename T, int BM, int BN, int WM, int WN, int STAGES>
+template <typename T, int BM, int BN, int WM, int WN, int STAGES, int INNER>
 __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     convolve_weight_gradient(const T* x, const T* dout, float* partial, int N, int H, int W, int C, int oh, int ow,
                              int O, int kw, int stride, int padding, int places_each) {
-    constexpr int THREADS = BM / WM * (BN / WN) * 32, CHUNK = 16 / sizeof(T), BK = INNER_BYTES / sizeof(T);
-    constexpr int LEFT = BM * INNER_BYTES, RIGHT = BN * INNER_BYTES;
+    constexpr int THREADS = BM / WM * (BN / WN) * 32, CHUNK = 16 / sizeof(T), BK = INNER / sizeof(T);
+    constexpr int LEFT = BM * INNER, RIGHT = BN * INNER;
     constexpr int LEFT_ACROSS = BM / CHUNK, RIGHT_ACROSS = BN / CHUNK;
-    constexpr int LEFT_COPIES = BM * 4 / THREADS, RIGHT_COPIES = BN * 4 / THREADS;
+    constexpr int LEFT_COPIES = BM * INNER / 16 / THREADS, RIGHT_COPIES = BN * INNER / 16 / THREADS;
     extern __shared__ __align__(128) byte shared[];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int warp_m = warp / (BN / WN) * WM, warp_n = warp % (BN / WN) * WN;
@@ -777,7 +766,7 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
         end_of_copies();
         const byte *left = shared + step % STAGES * (LEFT + RIGHT), *right = left + LEFT;
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
+        for (int part = 0; part < INNER / 32; ++part) {
             unsigned a[WM / 16][4], b[WN / 16][4];
 #pragma unroll
             for (int i = 0; i < WM / 16; ++i) left_outer<BM>(T(0.f), a[i], left, warp_m + i * 16, part);
@@ -807,6 +796,7 @@ __global__ void sum_splits(const float* partial, float* out, int size, int split
     const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= size) return;
     Pack<float, 4> sum = load<4>(partial + i);
+#pragma unroll 8
     for (int split = 1; split < splits; ++split) {
         const Pack<float, 4> part = load<4>(partial + (long long)split * size + i);
         for (int v = 0; v < 4; ++v) sum.item[v] += part.item[v];

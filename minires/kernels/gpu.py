@@ -40,13 +40,15 @@ TYPES = {"float32": "float", "float16": "half", "uint8": "byte", "int64": "long 
 THREADS = 256  # in a block, unless a kernel says otherwise
 ROWS = {"float32": 16, "float16": 8}  # that a thread of batch normalisation keeps: 64 numbers in registers
 SMALL_PRODUCT = 2**22  # multiplications up to which cuBLAS is not worth its launch
-COLUMN_BYTES = 2**29  # columns that exist at one time
+COLUMN_BYTES = 2**25  # columns that exist at one time: what the cache of a large GPU holds
 
-# Tiles of the implicit convolution: rows, columns, rows and columns of a warp, steps under way; largest first.
-INNER_BYTES = 64  # of a step along the inner dimension, as in gpu.cu
-TILES = ((128, 128, 64, 32, 4), (128, 64, 64, 32, 4), (64, 64, 32, 32, 4))
-GRADIENT_TILES = ((128, 128, 64, 32, 4), (64, 64, 32, 32, 4))
-SMALLEST_TILE = 64
+# Tiles of the implicit convolution: rows, columns, rows and columns of a warp, steps under way, bytes of a step along the
+# inner dimension; largest first.
+TILES = ((128, 128, 64, 64, 4, 64), (128, 64, 64, 32, 4, 64), (64, 64, 32, 32, 4, 64))
+GRADIENT_TILES = ((128, 128, 64, 64, 4, 64), (64, 64, 32, 32, 4, 64), (32, 64, 16, 32, 4, 64))
+COLUMNS_OF_A_TILE = 64  # at least
+ROWS_OF_A_GRADIENT = 32  # at least
+STEP_BYTES = 64  # the shortest step along the inner dimension
 BLOCKS = (
     512  # that a GPU should have to work on, four for each multiprocessor of a large one: decides on tiles and splits
 )
@@ -91,12 +93,13 @@ def kernel_names():
         names += [f"softmax_cross_entropy<{T}, {L}>" for L in ("byte", "long long")]
         for v in (1, V):
             names += [
-                f"{name}<{T}, {v}>" for name in ("add", "average_pool", "average_pool_backward", "im2col", "col2im")
+                f"{name}<{T}, {v}>" for name in ("add", "average_pool", "average_pool_backward", "col2im")
             ]
             names += [
                 f"batch_norm_{name}<{T}, {v}, {ROWS[dtype]}>"
                 for name in ("moments", "apply", "backward_sums", "backward_apply")
             ]
+        names += [f"im2col<{T}, {v}, {whole}>" for v, whole in ((V, "true"), (V, "false"), (1, "true"))]
         names += [f"convolve<{T}, {tile_arguments(tile)}, {way}>" for tile in TILES for way in ("true", "false")]
         names += [f"convolve_weight_gradient<{T}, {tile_arguments(tile)}>" for tile in GRADIENT_TILES]
         names += [f"small_product<{T}, float, {T}>", f"small_product<{T}, {T}, float>"]
@@ -285,7 +288,7 @@ def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
     partial = xp.empty((blocks[0], 2, C), "float32")
     mean, var = xp.empty(C, "float32"), xp.empty(C, "float32")
     launch("batch_norm_moments" + template, blocks, threads, x, partial, M, C)
-    launch("batch_norm_merge", blocks_of(C, 32), (32, 32), partial, mean, var, blocks[0], chunk, M, C)
+    launch("batch_norm_merge", blocks_of(C, 8), (8, 32), partial, mean, var, blocks[0], chunk, M, C)
     return batch_norm_inference(x, weight, bias, mean, var, eps, residual, relu), mean, var
 
 
@@ -314,7 +317,7 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_d
     masked = xp.empty_like(x) if need_dresidual and relu else None
     arguments = (dout, x, out, mean, var, partial, M, C, float(eps), bool(relu))
     launch("batch_norm_backward_sums" + template, blocks, threads, *arguments)
-    launch("batch_norm_backward_merge", blocks_of(C, 32), (32, 32), partial, dbias, dweight, blocks[0], C)
+    launch("batch_norm_backward_merge", blocks_of(C, 8), (8, 32), partial, dbias, dweight, blocks[0], C)
     launch(
         "batch_norm_backward_apply" + template, blocks, threads,
         dout, x, out, weight, mean, var, dbias, dweight, dx, masked, M, C, float(eps), bool(relu),
@@ -385,10 +388,10 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
     kh, kw, _, O = weight_shape
     _, oh, ow, _ = dout.shape
     if is_implicit(x, dout, O):
-        if C % SMALLEST_TILE == 0:
+        if C % ROWS_OF_A_GRADIENT == 0:
             geometry = (N, H, W, C, oh, ow, O, kw, stride, padding)
             return convolve_weight_gradient(x, dout, (kh, kw, C, O), geometry)
-        columns = im2col(x, (kh, kw), stride, padding, row_size=round_up(kh * kw * C, SMALLEST_TILE))
+        columns = im2col(x, (kh, kw), stride, padding, row_size=round_up(kh * kw * C, ROWS_OF_A_GRADIENT))
         K = columns.shape[3]
         rows = convolve_weight_gradient(columns, dout, (1, 1, K, O), (N, oh, ow, K, oh, ow, O, 1, 1, 0))
         return rows[0, 0, : kh * kw * C].reshape(weight_shape)
@@ -402,12 +405,12 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
 def is_implicit(x, other, columns):
     """Whether the tensor cores take a convolution between x and other, the product having so many columns."""
     allowed = x.dtype == "float16" or _precision == "tf32"
-    return allowed and columns % SMALLEST_TILE == 0 and max(x.size, other.size) < INDEX_LIMIT
+    return allowed and columns % COLUMNS_OF_A_TILE == 0 and max(x.size, other.size) < INDEX_LIMIT
 
 
 def step_of(x):
     """How many channels a step along the inner dimension takes."""
-    return INNER_BYTES // x.dtype.itemsize
+    return STEP_BYTES // x.dtype.itemsize
 
 
 def round_up(size, multiple):
@@ -431,12 +434,10 @@ def tile_arguments(tile):
     return ", ".join(map(str, tile))
 
 
-def choose_tile(tiles, rows, columns, times=1):
-    """Take the largest tile that divides the columns and leaves BLOCKS to work on, or the smallest."""
-    for tile in tiles:
-        if columns % tile[1] == 0 and -(-rows // tile[0]) * (columns // tile[1]) * times >= BLOCKS:
-            return tile
-    return tiles[-1]
+def choose_tile(rows, columns, inner, itemsize):
+    """Take the largest tile that divides columns and inner dimension and leaves BLOCKS to work on, or the smallest."""
+    fitting = [tile for tile in TILES if columns % tile[1] == 0 and inner * itemsize % tile[5] == 0]
+    return next((tile for tile in fitting if -(-rows // tile[0]) * (columns // tile[1]) >= BLOCKS), fitting[-1])
 
 
 def convolve(source, weight, target, geometry, forward):
@@ -444,12 +445,12 @@ def convolve(source, weight, target, geometry, forward):
     phases = 1 if forward else stride**2
     rows = N * oh * ow if forward else N * -(-H // stride) * -(-W // stride)
     columns = O if forward else C
-    tile = choose_tile(TILES, rows, columns, phases)
-    BM, BN, WM, WN, stages = tile
+    tile = choose_tile(rows * phases, columns, C if forward else O, source.dtype.itemsize)
+    BM, BN, WM, WN, stages, inner = tile
     name = f"convolve<{type_name(source)}, {tile_arguments(tile)}, {'true' if forward else 'false'}>"
     launch(
         name, (-(-rows // BM), columns // BN, phases), (BM // WM * (BN // WN) * 32,),
-        source, cast(weight, source.dtype), target, *geometry, shared_bytes=stages * (BM + BN) * INNER_BYTES,
+        source, cast(weight, source.dtype), target, *geometry, shared_bytes=stages * (BM + BN) * inner,
     )  # fmt: skip
 
 
@@ -459,16 +460,16 @@ def convolve_weight_gradient(x, dout, weight_shape, geometry):
     kh, kw, _, _ = weight_shape
     places, taps = N * oh * ow, kh * kw
     tile = next(tile for tile in GRADIENT_TILES if C % tile[0] == 0 and O % tile[1] == 0)
-    BM, BN, WM, WN, stages = tile
+    BM, BN, WM, WN, stages, inner = tile
     tiles = C // BM * (O // BN) * taps
     splits = max(1, min(BLOCKS // tiles, places // SHORTEST_SPLIT))
-    places_each = round_up(-(-places // splits), step_of(x))
+    places_each = round_up(-(-places // splits), inner // x.dtype.itemsize)
     splits = -(-places // places_each)
     partial = xp.empty((splits, *weight_shape), "float32")
     launch(
         f"convolve_weight_gradient<{type_name(x)}, {tile_arguments(tile)}>",
         (C // BM * (O // BN), taps, splits), (BM // WM * (BN // WN) * 32,),
-        x, dout, partial, *geometry, places_each, shared_bytes=stages * (BM + BN) * INNER_BYTES,
+        x, dout, partial, *geometry, places_each, shared_bytes=stages * (BM + BN) * inner,
     )  # fmt: skip
     if splits == 1:
         return partial[0]
@@ -499,9 +500,10 @@ def im2col(x, kernel_size, stride, padding, row_size=None):
     oh, ow = output_size(H, kh, stride, padding), output_size(W, kw, stride, padding)
     row_size = row_size or kh * kw * C
     columns = array_module(x).empty((N, oh, ow, row_size), x.dtype)
-    V = vector(math.gcd(C, row_size), x)
+    V = vector(row_size, columns)
+    whole = V == 1 or vector(C, x) == V
     arguments = (x, columns, columns.size, row_size, H, W, C, oh, ow, kh, kw, stride, padding)
-    launch(f"im2col<{type_name(x)}, {V}>", blocks_of(columns.size // V), (THREADS,), *arguments)
+    launch(f"im2col<{type_name(x)}, {V}, {'true' if whole else 'false'}>", blocks_of(columns.size // V), (THREADS,), *arguments)
     return columns
 
 
