@@ -141,7 +141,7 @@ def main():
         progress = Progress(f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch)
         order = to_device(order[: batches_per_epoch * args.batch_size], device)
         key = None if args.no_augment else args.seed
-        for images, labels in ahead(batches(train_images, train_labels, order, args.batch_size, key, step)):
+        for images, labels in ahead(batches(train_images, train_labels, order, args.batch_size, key, epoch)):
             optimizer.lr = schedule(step, total_steps, args.lr)
             optimizer.zero_grad()
             logits = model(images)
@@ -210,15 +210,14 @@ def main():
     return 0
 
 
-def batches(images, labels, order, batch_size, key, step):
-    """Yield (images, labels), normalised and, if there is a key, augmented by the draws of each step."""
+def batches(images, labels, order, batch_size, key, epoch):
+    """Yield (images, labels), normalised and, if there is a key, augmented by the draws of the epoch."""
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         batch = images[index]
         if key is not None:
-            batch = random_flip(random_crop(batch, key, step), key, step)
+            batch = random_flip(random_crop(batch, key, epoch, start), key, epoch, start)
         yield normalize(batch, cifar10.MEAN, cifar10.STD), labels[index]
-        step += 1
 
 
 def ahead(items):

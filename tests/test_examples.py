@@ -130,7 +130,7 @@ def test_ctrl_c_keeps_what_has_been_learned(tmp_path):
 
 
 def test_a_run_does_what_a_loop_written_apart_from_it_does(tmp_path):
-    """Zeroed gradients, augmentation by step, a new order each epoch, the schedule, running statistics."""
+    """Zeroed gradients, augmentation by place, a new order each epoch, the schedule, running statistics."""
     rate = ["--schedule", "one-cycle", "--lr", "0.01"]
     code, _, err = run("train_cifar.py", *SMALL_RUN, *rate, "--seed", 3, "--out", tmp_path / "run")
     assert code == 0, err
@@ -145,8 +145,9 @@ def test_a_run_does_what_a_loop_written_apart_from_it_does(tmp_path):
     for epoch in (1, 2):
         order = training[np.random.default_rng([3, epoch]).permutation(800)]
         losses = []
-        for batch in (order[:20], order[20:40]):
-            images = random_flip(random_crop(data.train_images[batch], 3, step), 3, step)
+        for start in (0, 20):
+            batch = order[start : start + 20]
+            images = random_flip(random_crop(data.train_images[batch], 3, epoch, start), 3, epoch, start)
             for parameter in model.parameters():
                 parameter.grad[...] = 0
             logits = model(normalize(images, cifar10.MEAN, cifar10.STD))
@@ -309,3 +310,10 @@ def test_gradcheck_prints_a_row_for_every_layer_and_the_network():
     assert lines[-1].startswith("ResNet, 4,977,226 parameters")
     for line in lines[1:]:
         assert float(line.split()[-2]) < 1e-6
+
+
+def test_the_picture_of_the_augmentations_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    code, _, err = run("augmentations.py", "--out", tmp_path / "picture.png")
+    assert code == 0, err
+    assert 20_000 < (tmp_path / "picture.png").stat().st_size < 150_000
