@@ -9,6 +9,7 @@ import operator
 import types
 
 import numpy as np
+from cuda_emulator import RawModule  # noqa: F401  (part of what the stand-in offers)
 
 
 class MixedArraysError(TypeError):
@@ -23,6 +24,10 @@ class StrictArray:
         raise MixedArraysError("a device array was given to NumPy")
 
     __array__ = __array_ufunc__ = __array_function__ = _refuse
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self._host.ctypes.data)
 
     def __getattr__(self, name):
         if name.startswith("__array"):  # NumPy's other ways to the memory

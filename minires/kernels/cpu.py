@@ -19,6 +19,7 @@ import numpy as np
 from minires.kernels import reference
 from minires.kernels.memory import fresh, scratch
 from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
+    MIXED_DTYPES,
     add_and_relu,
     col2im,
     dropout_backward,
@@ -33,6 +34,7 @@ from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     rsqrt,
     softmax_cross_entropy_backward,
     softmax_cross_entropy_forward,
+    update_running_statistics,
 )
 from minires.kernels.threads import one_blas_thread, run
 
@@ -172,7 +174,7 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     return out.reshape(x.shape)
 
 
-def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
+def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_dresidual=True):
     """See `reference.batch_norm_backward`. Two passes over memory: one for the two sums, one for dx."""
     C = x.shape[-1]
     M = x.size // C
@@ -208,7 +210,8 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
         piece += np.multiply(g[block], scale, out=scratch("block", piece.shape))
 
     run(input_gradient, blocks(*rows.shape))
-    return dx.reshape(x.shape), dweight.astype(x.dtype), dbias.astype(x.dtype), g.reshape(x.shape)
+    dresidual = g.reshape(x.shape) if need_dresidual else None
+    return dx.reshape(x.shape), dweight.astype(x.dtype), dbias.astype(x.dtype), dresidual
 
 
 def conv2d_forward(x, weight, bias=None, stride=1, padding=0):

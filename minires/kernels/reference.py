@@ -16,6 +16,7 @@ import math
 from minires.backend import array_module
 from minires.rng import random_words
 
+MIXED_DTYPES = ()  # pairs of dtypes, of images and of parameters, that differ and are served all the same
 COLUMN_BYTES = 8 * 2**20  # columns that exist at one time: small enough for a CPU's cache, and no batch is too large
 
 
@@ -207,7 +208,7 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     return add_and_relu(out, residual, relu)
 
 
-def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
+def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_dresidual=True):
     """Send the gradient of `batch_norm_forward` back to x, weight, bias and the residual.
 
     Backward    g = dout where out > 0 if relu, else dout        dresidual = g
@@ -221,8 +222,10 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
                     dx = (g_hat - mean(g_hat) - x_hat mean(g_hat x_hat)) / sqrt(var + eps)
                 and the two means are weight dbias / M and weight dweight / M.
 
+    Args        need_dresidual: False where the forward had no residual
+
     Shapes      dout, x, out (N, H, W, C), weight, mean, var (C,)
-                ->  dx (N, H, W, C), dweight (C,), dbias (C,), dresidual (N, H, W, C)
+                ->  dx (N, H, W, C), dweight (C,), dbias (C,), dresidual (N, H, W, C) or None
     """
     g = relu_backward(dout, out) if relu else dout  # (N, H, W, C)
     M = x.size // x.shape[-1]
@@ -231,7 +234,17 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
     dbias = sum_over_rows(g)  # (C,)
     dweight = sum_over_rows(g * x_hat)  # (C,)
     dx = (g - dbias / M - x_hat * (dweight / M)) * (weight * rstd)  # (N, H, W, C)
-    return dx, dweight, dbias, g
+    return dx, dweight, dbias, g if need_dresidual else None
+
+
+def update_running_statistics(running_mean, running_var, mean, var, momentum, M):
+    """Move the running statistics towards those of a batch of M rows; writes to the running ones.
+
+    Update      running = (1 - momentum) running + momentum batch, where the batch's variance is made unbiased
+    """
+    for running, batch in ((running_mean, mean), (running_var, var * (M / (M - 1)))):
+        running *= 1 - momentum
+        running += batch * momentum
 
 
 def rsqrt(var, eps):
