@@ -1,4 +1,4 @@
-"""How weights move: SGD and Adam, and the learning rate as a plain function of the step.
+"""How weights move: SGD and Adam, an average of the weights, and the learning rate as a plain function of the step.
 
     optimizer = Adam(model.parameters(), lr=1e-3)
     for step in range(total_steps):
@@ -138,6 +138,48 @@ class Adam:
         return {"m": self.m, "v": self.v}
 
 
+class WeightAverage:
+    """An exponential moving average of the weights, which is often better than the weights of any one step.
+
+    Update      average = d average + (1 - d) weights, with d = min(decay, (1 + t) / (10 + t)) at the t-th update
+
+    Why         The last steps are taken with noisy gradients around a minimum, and their noise averages out. About the
+                last 1 / (1 - decay) steps count. The first updates forget faster, or the initial weights would stay
+                in the average for long.
+                The running statistics of BatchNorm are not averaged: they belong to the activations of the weights of
+                each step. Averaged weights are smaller, as their noise is gone, and so are their activations.
+                Measure the statistics anew with the averaged weights in place, see `evaluate.measure_statistics`.
+
+    Args        optimizer: whose parameters; decay: 0 to below 1
+    Source      Polyak and Juditsky 1992; Tarvainen and Valpola 2017, "Mean teachers are better role models"; the first
+                steps as in TensorFlow's ExponentialMovingAverage. Izmailov et al. 2018, "Averaging weights leads to
+                wider optima", section 3.2, for the statistics
+    """
+
+    def __init__(self, optimizer, decay):
+        _check_range("WeightAverage", "decay", decay, 0, 1)
+        self.flat, self.decay, self.updates = optimizer.flat, decay, 0
+        self.flat_average, self.average = self.flat.zeros()
+        self.flat_average[...] = self.flat.data
+
+    def update(self):
+        """Take the weights into the average; to be called after each step of the optimizer."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        kernels_for(self.flat.data).average_update(self.flat_average, self.flat.data, decay)
+
+    def swap(self):
+        """Exchange the weights and the average: once to evaluate the average, and again to go on with training."""
+        self.flat.check()
+        weights = self.flat.data.copy()
+        self.flat.data[...] = self.flat_average
+        self.flat_average[...] = weights
+
+    def state(self):
+        """Return {name: arrays in the order of the parameters}, as views; the number `updates` belongs to it."""
+        return {"average": self.average}
+
+
 class FlatParameters:
     """All parameters of an optimizer end to end in one array, and their gradients in another.
 
@@ -271,3 +313,18 @@ def one_cycle(step, total_steps, lr, warmup=0.3, start_factor=1 / 25, final_fact
     if step < peak:
         return cosine(step, peak, start_factor * lr, lr)
     return cosine(step - peak, total_steps - 1 - peak, lr, final_factor * lr)
+
+
+def triangular(step, total_steps, lr, warmup=0.2):
+    """Up to lr on a straight line in the first part of the run, and down to almost nothing on another in the rest.
+
+    The peak is at step warmup total_steps, rounded down; the lines meet 0 one step before the first and one after the
+    last.
+
+    Args        warmup: the part of the run that goes up, 0 to below 1
+    Source      Page 2018, "How to train your ResNet", whose 5 epochs of 24 give the default
+    """
+    peak = int(warmup * total_steps)
+    if step < peak:
+        return lr * ((step + 1) / (peak + 1))
+    return lr * ((total_steps - step) / (total_steps - peak))

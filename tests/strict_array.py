@@ -124,7 +124,12 @@ def asnumpy(array):
 
 
 def _wrapped(function):
-    return lambda *args, **kwargs: wrap(function(*unwrap(args), **unwrap(kwargs)))
+    def wrapped(*args, **kwargs):
+        return wrap(function(*unwrap(args), **unwrap(kwargs)))
+
+    if isinstance(function, np.ufunc):
+        wrapped.at = lambda *args: function.at(*unwrap(args))
+    return wrapped
 
 
 lib = types.SimpleNamespace(

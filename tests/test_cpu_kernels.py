@@ -273,6 +273,15 @@ def test_updates_equal_their_twins_bit_for_bit(rng, shape):
             np.testing.assert_array_equal(a, b)
 
 
+def test_the_running_average_equals_its_twin_bit_for_bit(rng):
+    average, param = normal(rng, 2, 70_000)
+    results = []
+    for s in (cpu, reference):
+        results.append(average.copy())
+        s.average_update(results[-1], param, 0.9)
+    np.testing.assert_array_equal(*results)
+
+
 def test_the_sum_of_squares_equals_its_twin(rng):
     for size in (1, 5, 300_000):
         x = normal(rng, size)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from minires import SGD, Adam, Linear, Parameter, constant, cosine, one_cycle
+from minires import SGD, Adam, Linear, Parameter, WeightAverage, constant, cosine, one_cycle, triangular
 
 
 def parameter(value, dtype=np.float64):
@@ -268,6 +268,53 @@ def test_arrays_and_names_are_no_parameters():
         Adam([np.zeros(3)])
 
 
+def test_an_average_of_three_steps_by_hand():
+    p = parameter(8.0)
+    optimizer = SGD([p], lr=1.0)
+    average = WeightAverage(optimizer, decay=0.2)  # the first update forgets faster: 2/11, then 3/12 is above 0.2
+    p.grad[:] = 11.0
+    optimizer.step()
+    average.update()
+    np.testing.assert_allclose(average.average[0], 2 / 11 * 8 + 9 / 11 * -3)  # -1
+    optimizer.step()
+    average.update()
+    np.testing.assert_allclose(average.average[0], 0.2 * -1 + 0.8 * -14)  # -11.4
+    average.swap()
+    np.testing.assert_allclose([p.data[0], average.average[0][0]], [-11.4, -14])
+    average.swap()
+    np.testing.assert_allclose([p.data[0], average.average[0][0]], [-14, -11.4])
+
+
+def test_an_average_of_several_parameters(rng):
+    parameters = several_parameters(rng)
+    optimizer = Adam(parameters, lr=0.1)
+    average, expected = WeightAverage(optimizer, decay=0.9), [p.data.astype(np.float64) for p in parameters]
+    for t in range(1, 200):
+        optimizer.step()
+        average.update()
+        decay = min(0.9, (1 + t) / (10 + t))
+        expected = [decay * e + (1 - decay) * p.data for e, p in zip(expected, parameters, strict=True)]
+    for view, e in zip(average.state()["average"], expected, strict=True):
+        assert view.dtype == np.float32
+        np.testing.assert_allclose(view, e, rtol=1e-4, atol=1e-6)
+
+
+def test_an_average_refuses_a_decay_that_never_forgets_and_weights_that_went_elsewhere():
+    p = parameter(1.0)
+    optimizer = SGD([p], lr=1.0)
+    with pytest.raises(ValueError, match=r"WeightAverage: decay must be at least 0 and below 1, got 1\.0"):
+        WeightAverage(optimizer, 1.0)
+    average = WeightAverage(optimizer, 0.5)
+    SGD([p], lr=1.0)
+    with pytest.raises(RuntimeError, match="was moved, cast or given to another optimizer"):
+        average.swap()
+
+
+def test_a_triangle_by_hand():
+    rates = [triangular(step, 10, 8.0, warmup=0.3) for step in range(10)]
+    np.testing.assert_allclose(rates, [2, 4, 6, 8, 8 * 6 / 7, 8 * 5 / 7, 8 * 4 / 7, 8 * 3 / 7, 8 * 2 / 7, 8 / 7])
+
+
 def test_schedules_begin_and_end_where_they_should():
     assert [constant(step, 10, 0.1) for step in (0, 5, 9)] == [0.1] * 3
     assert cosine(0, 10, 0.1) == 0.1
@@ -284,3 +331,4 @@ def test_schedules_serve_the_shortest_runs(total_steps, warmup):
     for step in range(total_steps):
         assert 0 <= cosine(step, total_steps, 0.1) <= 0.1
         assert 0 < one_cycle(step, total_steps, 0.1, warmup) <= 0.1 + 1e-12
+        assert 0 < triangular(step, total_steps, 0.1, warmup) <= 0.1

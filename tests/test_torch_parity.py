@@ -5,8 +5,9 @@ import pytest
 from conftest import relative_error
 
 import minires
-from minires import SGD, Adam, Dropout, ResNet, SoftmaxCrossEntropy
+from minires import SGD, Adam, Dropout, ResNet, SoftmaxCrossEntropy, WeightAverage
 from minires.checkpoint import load_model, save_weights
+from minires.evaluate import measure_statistics
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra 'compare')")
 
@@ -145,6 +146,39 @@ def test_gradients_are_clipped_as_pytorch_does(dtype, max_norm):
     tolerance = 1e-10 if dtype == np.float64 else 5e-6  # PyTorch's norm in float32 is off by 1.2e-6 here, ours by 5e-8
     for our_parameter, their_parameter in zip(ours, theirs, strict=True):
         assert relative_error(-our_parameter.data, their_parameter.grad) < tolerance
+
+
+def test_an_average_of_the_weights_and_its_statistics():
+    """PyTorch's AveragedModel and update_bn, once the first updates, which forget faster here, are over."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+    model, twin = twins(np.float64, blocks=(1, 1), channels=(4, 8))
+    make, torch_make = OPTIMIZERS["SGD"]
+    our_optimizer, torch_optimizer = make(model.parameters()), torch_make(twin.parameters())
+    ours, theirs = WeightAverage(our_optimizer, 0.7), AveragedModel(twin, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+    theirs.n_averaged += 1  # as PyTorch's first update would copy the weights
+    ours.updates = 20
+    x, labels, torch_x, torch_labels = batch(np.float64)
+    loss_function = SoftmaxCrossEntropy()
+    for _ in range(3):
+        our_optimizer.zero_grad()
+        loss_function(model(x), labels)
+        model.backward(loss_function.backward(), need_dx=False)
+        our_optimizer.step()
+        ours.update()
+        torch_optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(twin(torch_x), torch_labels).backward()
+        torch_optimizer.step()
+        theirs.update_parameters(twin)
+    ours.swap()
+    parts = [slice(0, 3), slice(1, 4), slice(0, 2)]
+    measure_statistics(model, [x[part] for part in parts])
+    update_bn([torch_x[part] for part in parts], theirs)
+    assert_same_state(model, theirs.module, 1e-10)
+    ours.swap()
+    for (name, parameter), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        array = parameter.data.transpose(parameter.torch_axes)
+        assert relative_error(array, expected.detach()) < 1e-10, name
 
 
 def test_dropout_scales_as_pytorch_does():

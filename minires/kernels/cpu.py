@@ -671,6 +671,11 @@ def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_
     update_blocks(reference.adam_update, (param, grad, m, v), step, lr, betas, eps, weight_decay, grad_scale)
 
 
+def average_update(average, param, decay):
+    """See `reference.average_update`. A block at a time, for the same reason."""
+    update_blocks(reference.average_update, (average, param), decay)
+
+
 def update_blocks(update, arrays, *settings):
     """Call an update of the reference for block after block of its arrays, which are of one shape or None."""
     if not all(a is None or a.flags.c_contiguous for a in arrays):

@@ -25,6 +25,7 @@ from minires.backend import array_module
 from minires.kernels import reference
 from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     add_and_relu,
+    average_update,
     dropout_mask,
     image_chunks,
     output_size,

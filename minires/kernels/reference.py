@@ -416,3 +416,13 @@ def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_
     v += (1 - beta2) * (grad * grad)
     rms = array_module(v).sqrt(v) * (1 / math.sqrt(1 - beta2**step)) + eps
     param -= (lr / (1 - beta1**step)) * m / rms
+
+
+def average_update(average, param, decay):
+    """Move a running average towards a parameter; writes to average.
+
+    Update      average = decay average + (1 - decay) param
+
+    Shapes      average and param of one shape
+    """
+    average += (1 - decay) * (param - average)
