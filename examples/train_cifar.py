@@ -38,6 +38,7 @@ from minires.augment import alternating_flip, cutout, normalize, random_crop, ra
 from minires.backend import GPUError, array_module, choose_device, to_device
 from minires.checkpoint import load_model, save_weights
 from minires.evaluate import evaluate, measure_statistics
+from minires.kernels import gpu
 
 SCHEDULES = {
     "constant": minires.constant,
@@ -108,6 +109,8 @@ BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
 STEPS_BETWEEN_READINGS = {"cpu": 1, "gpu": 10}  # reading the loss waits for the GPU
 BATCHES_AT_ONCE = {"cpu": 1, "gpu": 40}  # that are augmented together: on a GPU, many small launches take longer
+PRECISIONS = {"float32": "float32", "tf32": "float32", "fp16": "float16"}  # and the type of the images
+LOSS_SCALE = 1024.0  # with fp16: small gradients stay above 0, and the largest far below the limit of 65,504
 STATISTICS_IMAGES = 5000  # with which BatchNorm's statistics are measured for averaged weights, one in eight or ten
 
 
@@ -115,6 +118,12 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Train the residual network on CIFAR-10.", allow_abbrev=False)
     add = parser.add_argument
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto, the default: a GPU where there is one")
+    add(
+        "--precision",
+        choices=list(PRECISIONS),
+        help="of convolutions; on a GPU also tf32 (its default) and fp16, with weights and sums in float32",
+    )
+    add("--graph", action=argparse.BooleanOptionalAction, help="on a GPU, record a step and replay it (default)")
     add("--data", metavar="sample|DIR", help="the built-in sample or a folder; default $MINIRES_DATA, ~/.cache/minires")
     add(
         "--seed",
@@ -203,6 +212,11 @@ def main():
 
     # Data: one split, images as bytes on the device
     device = choose_device(args.device)
+    args.precision = args.precision or ("tf32" if device == "gpu" else "float32")
+    if device == "cpu" and args.precision != "float32":
+        raise ValueError(f"--precision {args.precision} needs a GPU; on the CPU it is float32")
+    gpu.set_precision("float32" if args.precision == "float32" else "tf32")
+    dtype, loss_scale = PRECISIONS[args.precision], LOSS_SCALE if args.precision == "fp16" else 1.0
     data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data)
     train_index, validation_index = cifar10.split(len(data.train_images), seed=args.seed)
     if args.full_train:
@@ -243,31 +257,40 @@ def main():
     titles = [cifar10.CLASSES[label] for label in data.train_labels[:50]]
     draw("plot_images", data.train_images[:50], titles, out / "images.png")
 
+    def gradients(images, labels):
+        """Forward and backward: fill every grad, add to the sums of the epoch."""
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = loss_function(logits, labels)
+        model.backward(loss_function.backward(loss_scale), need_dx=False)
+        loss_sum[...] += loss * len(labels)
+        correct[...] += (logits.argmax(axis=1) == labels).sum()
+
+    if device == "gpu" and args.precision != "float32" and args.graph is not False:
+        gradients = gpu.replay(gradients)
+
     # The loop
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # a loss that is not finite ends the run with more grace
     interrupted = interrupts()
     xp = array_module(train_images)
+    loss_sum, correct = xp.zeros((), xp.float64), xp.zeros((), xp.int64)
     history, best_loss, step, started = [], math.inf, 0, time.monotonic()
     for epoch in range(1, args.epochs + 1):
         epoch_started = time.monotonic()
         order = np.random.default_rng([args.seed, epoch]).permutation(len(train_images))
-        loss_sum, correct, seen = xp.zeros((), xp.float64), xp.zeros((), xp.int64), 0
+        loss_sum[...], correct[...], seen = 0, 0, 0
         progress = Progress(f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch)
         order = to_device(order[: batches_per_epoch * args.batch_size], device)
-        for images, labels in ahead(batches(train_images, train_labels, order, args, epoch, BATCHES_AT_ONCE[device])):
+        made = batches(train_images, train_labels, order, args, epoch, dtype, BATCHES_AT_ONCE[device])
+        for images, labels in ahead(made) if device == "cpu" else made:
+            gradients(images, labels)
             optimizer.lr = schedule(step, total_steps, args.lr)
-            optimizer.zero_grad()
-            logits = model(images)
-            loss = loss_function(logits, labels)
-            model.backward(loss_function.backward(), need_dx=False)
-            optimizer.step()
+            optimizer.step(1 / loss_scale)
             if average:
                 average.update()
 
             step += 1
             seen += len(labels)
-            loss_sum += loss * len(labels)
-            correct += (logits.argmax(axis=1) == labels).sum()
             last = step == epoch * batches_per_epoch or bool(interrupted)
             if last or (step - 1) % STEPS_BETWEEN_READINGS[device] == 0:
                 train_loss, train_accuracy = float(loss_sum) / seen, float(correct) / seen
@@ -292,7 +315,7 @@ def main():
         if last_epoch or not args.full_train:
             if average:
                 average.swap()
-                some = batches(train_images, train_labels, order[:STATISTICS_IMAGES], args, epoch)
+                some = batches(train_images, train_labels, order[:STATISTICS_IMAGES], args, epoch, "float32")
                 measure_statistics(model, (images for images, _ in some))
             if not args.full_train:
                 validation_loss, row["validation_accuracy"] = evaluate(model, *validation, cifar10.MEAN, cifar10.STD)
@@ -339,7 +362,7 @@ def main():
     return 0
 
 
-def batches(images, labels, order, args, epoch, at_once=1, start=0):
+def batches(images, labels, order, args, epoch, dtype, at_once=1, start=0):
     """Yield (images, labels), augmented and normalised, in the order of an epoch, from place `start` on.
 
     What chance does to an image depends on its place in the epoch alone, so any number of batches can be augmented at
@@ -350,7 +373,7 @@ def batches(images, labels, order, args, epoch, at_once=1, start=0):
         augmented = augment(images[index], index, args, epoch, first)
         for i in range(0, len(index), args.batch_size):
             batch = slice(i, i + args.batch_size)
-            yield normalize(augmented[batch], cifar10.MEAN, cifar10.STD), labels[index[batch]]
+            yield normalize(augmented[batch], cifar10.MEAN, cifar10.STD, dtype), labels[index[batch]]
 
 
 def augment(images, index, args, epoch, start):
@@ -484,7 +507,7 @@ def draw(plot, *args):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (GPUError, cifar10.DataError, OSError) as error:
+    except (GPUError, cifar10.DataError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:

@@ -10,6 +10,7 @@ import numbers
 
 import numpy as np
 
+from minires.backend import array_module
 from minires.kernels import kernels_for
 from minires.module import Buffer, Module, Parameter
 
@@ -33,8 +34,9 @@ class ReLU(Module):
 class Dropout(Module):
     """In training, set each element to 0 with probability p and scale the others by 1 / (1 - p).
 
-    The mask is a function of `key`, drawn once from rng, and of `step`, the number of training passes so far. To go on
-    with a run where it was left, set `step`.
+    The mask is a function of `key`, drawn once from rng, and of `step`, which counts the training passes. To go on with a
+    run where it was left, set `step`. On a GPU it is kept there, as an array without axes: a recorded pass (see
+    kernels/gpu.py) counts on by itself.
 
     Cached      the step, from which backward draws the mask again
     Modes       in evaluation the identity
@@ -52,16 +54,19 @@ class Dropout(Module):
         self.step = 0
 
     def forward(self, x):
-        self._keep(self.step)
         if not self.training or self.p == 0:
+            self._keep(None)
             return x
-        out = kernels_for(x).dropout_forward(x, self.p, self.key, self.step)
-        self.step += 1
-        return out
+        xp = array_module(x)
+        if xp is not np:
+            self.step = xp.asarray(self.step, dtype="uint64")
+        self.step += 1  # in place if it is an array; backward comes before the next forward, so it finds the same
+        self._keep(self.step)
+        return kernels_for(x).dropout_forward(x, self.p, self.key, self.step)
 
     def backward(self, dout):
         (step,) = self._take_cache()
-        return dout if self.p == 0 else kernels_for(dout).dropout_backward(dout, self.p, self.key, step)
+        return dout if step is None else kernels_for(dout).dropout_backward(dout, self.p, self.key, step)
 
 
 class Linear(Module):

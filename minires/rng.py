@@ -39,7 +39,8 @@ def philox(counter, key, rounds=10):
 def random_words(count, key, step, stream=0, *, xp, start=0):
     """Draw four random 32-bit words for each of `count` elements.
 
-    Args        key: the seed, 64 bits; step: the training step, or the epoch, 64 bits; stream: keeps draws for
+    Args        key: the seed, 64 bits; step: the training step, or the epoch, 64 bits, a number or an array without
+                axes; stream: keeps draws for
                 different purposes under one key apart, 32 bits; xp: NumPy or CuPy; start: the number of the first
                 element, so that a part of a whole can be drawn alone
 
@@ -54,5 +55,6 @@ def words_of(elements, key, step, stream=0):
     Shapes      elements (N,) uint64, below 2**32  ->  (N, 4), uint32
     """
     xp = array_module(elements)
-    counter = (elements, *(xp.full(len(elements), word, dtype=xp.uint64) for word in (stream, step & WORD, step >> 32)))
+    words = (xp.asarray(word, dtype=xp.uint64) for word in (stream, step & WORD, step >> 32))
+    counter = (elements, *(xp.broadcast_to(word, elements.shape) for word in words))
     return xp.stack(philox(counter, key), axis=1).astype(xp.uint32)

@@ -95,10 +95,10 @@ __device__ __forceinline__ Words random_words(unsigned long long element, unsign
 // out = x * mask / (1 - p), forward and backward alike.   Grid: a thread for 4 elements.   Bytes: 2 of x
 template <typename T>
 __global__ void dropout(const T* x, T* out, long long size, unsigned threshold, float scale, unsigned long long key,
-                        unsigned long long step) {
+                        const unsigned long long* step) {
     const long long group = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (group * 4 >= size) return;
-    const Words words = random_words(group, 0, key, step);
+    const Words words = random_words(group, 0, key, *step);
     for (int i = 0; i < 4; ++i)
         if (group * 4 + i < size)
             out[group * 4 + i] = T(words.w[i] >= threshold ? float(x[group * 4 + i]) * scale : 0.f);
@@ -835,23 +835,8 @@ __global__ void sgd(float* param, const float* grad, float* velocity, long long 
     param[i] -= lr * g;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Augmentation: gather, crop, flip, normalise and cast, see augment.py
-// ---------------------------------------------------------------------------------------------------------------------
-
-// out[n] = the normalised, cropped and flipped images[index[n]].   Grid: a thread for each pixel.   Bytes: both arrays
-template <typename T>
-__global__ void augment(const byte* images, const long long* index, T* out, int N, int H, int W, int C,
-                        const float* scale, const float* shift, int padding, unsigned long long flip_below,
-                        unsigned long long key, unsigned long long step) {
-    const int at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= N * H * W) return;
-    const int n = at / (H * W), y = at / W % H, x = at % W;
-    const Words crop = random_words(n, 1, key, step), flip = random_words(n, 2, key, step);
-    const int dy = (int)((unsigned long long)crop.w[0] * (2 * padding + 1) >> 32) - padding;
-    const int dx = (int)((unsigned long long)crop.w[1] * (2 * padding + 1) >> 32) - padding;
-    const int from_y = y + dy, from_x = (flip.w[0] < flip_below ? W - 1 - x : x) + dx;
-    const bool inside = from_y >= 0 && from_y < H && from_x >= 0 && from_x < W;
-    const byte* from = images + ((index[n] * H + from_y) * W + from_x) * C;
-    for (int c = 0; c < C; ++c) out[(long long)at * C + c] = T((inside ? from[c] : 0) * scale[c] - shift[c]);
+// average = decay average + (1 - decay) weights.   Grid: a thread for each parameter.   Bytes: 3 of weights
+__global__ void average(float* average, const float* weights, long long size, float decay, float share) {
+    const long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (i < size) average[i] = decay * average[i] + share * weights[i];
 }

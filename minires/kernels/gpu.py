@@ -25,7 +25,6 @@ from minires.backend import array_module
 from minires.kernels import reference
 from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     add_and_relu,
-    average_update,
     dropout_mask,
     image_chunks,
     output_size,
@@ -87,15 +86,13 @@ def source():
 
 def kernel_names():
     """The instances of gpu.cu's templates that this file launches."""
-    names = ["update_running", "batch_norm_merge", "batch_norm_backward_merge", "sum_splits", "adam", "sgd"]
+    names = ["update_running", "batch_norm_merge", "batch_norm_backward_merge", "sum_splits", "adam", "sgd", "average"]
     for dtype, T in (("float32", "float"), ("float16", "half")):
         V = 16 // np.dtype(dtype).itemsize
-        names += [f"dropout<{T}>", f"cast<{T}>", f"column_sums<{T}>", f"augment<{T}>"]
+        names += [f"dropout<{T}>", f"cast<{T}>", f"column_sums<{T}>"]
         names += [f"softmax_cross_entropy<{T}, {L}>" for L in ("byte", "long long")]
         for v in (1, V):
-            names += [
-                f"{name}<{T}, {v}>" for name in ("add", "average_pool", "average_pool_backward", "col2im")
-            ]
+            names += [f"{name}<{T}, {v}>" for name in ("add", "average_pool", "average_pool_backward", "col2im")]
             names += [
                 f"batch_norm_{name}<{T}, {v}, {ROWS[dtype]}>"
                 for name in ("moments", "apply", "backward_sums", "backward_apply")
@@ -170,7 +167,7 @@ def dropout_forward(x, p, key, step):
     (x,) = contiguous(x)
     out = array_module(x).empty_like(x)
     threshold, scale = np.uint32(int(p * 2**32)), 1 / (1 - p)
-    arguments = (x, out, x.size, threshold, scale, np.uint64(key), np.uint64(step))
+    arguments = (x, out, x.size, threshold, scale, np.uint64(key), array_module(x).asarray(step, dtype="uint64"))
     launch(f"dropout<{type_name(x)}>", blocks_of(-(-x.size // 4)), (THREADS,), *arguments)
     return out
 
@@ -504,7 +501,12 @@ def im2col(x, kernel_size, stride, padding, row_size=None):
     V = vector(row_size, columns)
     whole = V == 1 or vector(C, x) == V
     arguments = (x, columns, columns.size, row_size, H, W, C, oh, ow, kh, kw, stride, padding)
-    launch(f"im2col<{type_name(x)}, {V}, {'true' if whole else 'false'}>", blocks_of(columns.size // V), (THREADS,), *arguments)
+    launch(
+        f"im2col<{type_name(x)}, {V}, {'true' if whole else 'false'}>",
+        blocks_of(columns.size // V),
+        (THREADS,),
+        *arguments,
+    )
     return columns
 
 
@@ -536,3 +538,62 @@ def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_
     step_size, rms_scale = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     numbers = map(float, (grad_scale, weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, step_size, rms_scale, eps))
     launch("adam", blocks_of(param.size), (THREADS,), param, grad, m, v, param.size, *numbers)
+
+
+def average_update(average, param, decay):
+    """See `reference.average_update`."""
+    arguments = (average, param, param.size, float(decay), 1 - float(decay))
+    launch("average", blocks_of(param.size), (THREADS,), *arguments)
+
+
+# Recording
+
+
+def replay(function):
+    """Return a function that does what `function` does, from the third call on by a single launch.
+
+    Why         A training step is 200 short launches, and Python takes longer to ask for them than a GPU to carry them
+                out. A CUDA graph asks for all of them at once.
+
+    The first call with arrays of some shapes runs as it is (kernels are compiled, memory is asked for), the second one
+    records, and those that follow replay with the arrays' values of the moment. What the function returns is written
+    over by the next call.
+
+    Limits      Python itself runs no more: a number that changes has to be an array. CuPy's cuBLAS refuses to be recorded,
+                so convolutions and products must be those of gpu.cu: float16 or TF32, channels in multiples of 64.
+    """
+    recordings = {}
+
+    def call(*arrays):
+        key = tuple((array.shape, str(array.dtype)) for array in arrays)
+        if key not in recordings:
+            recordings[key] = None
+            return function(*arrays)
+        if recordings[key] is None:
+            recordings[key] = Recording(function, arrays)
+        return recordings[key](*arrays)
+
+    return call
+
+
+class Recording:
+    """A CUDA graph of what a function launches, with arrays of its own for the arguments and memory of its own."""
+
+    def __init__(self, function, arrays):
+        cupy = array_module(arrays[0])
+        self.arguments = [array.copy() for array in arrays]
+        cupy.get_default_memory_pool().free_all_blocks()  # what the function took when it ran as it is
+        self.pool = cupy.cuda.MemoryPool()
+        stream = cupy.cuda.Stream(non_blocking=True)  # others may go on meanwhile
+        with cupy.cuda.using_allocator(self.pool.malloc), stream:
+            stream.begin_capture()
+            try:
+                self.result = function(*self.arguments)
+            finally:
+                self.graph = stream.end_capture()
+
+    def __call__(self, *arrays):
+        for argument, array in zip(self.arguments, arrays, strict=True):
+            argument[...] = array
+        self.graph.launch()
+        return self.result
