@@ -16,10 +16,11 @@
 #ifndef EMULATED
 #include <cuda_fp16.h>
 
-// Copy 16 bytes from global to shared memory in the background; zeros where `inside` is false.
+// Copy 16 bytes from global to shared memory in the background; zeros where `inside` is false. They are cached on the
+// way (.ca): nine taps of a window read almost the same pixels.
 __device__ __forceinline__ void copy16(void* shared, const void* global, bool inside) {
     const int bytes = inside ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
                  "l"(global), "r"(bytes));
 }
 // Close a group of copies; wait until at most N of the latest groups are under way.
@@ -703,10 +704,11 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     }
 }
 
-// dweight (kh, kw, C, O) = columns.T @ dout, one tap of the window to each blockIdx.y. The inner dimension, the places of
-// dout, is long and the result small: blockIdx.z takes `places_each` of the places, and writes to its own part of
-// partial (splits, kh, kw, C, O), which `sum_splits` adds up.
-// C is a multiple of BM, O of BN.   Grid: (C / BM * O / BN, kh * kw, splits)
+// dweight (kh*kw*C, O) = columns.T @ dout. The inner dimension, the places of dout, is long and the result small: each
+// blockIdx.z takes `places_each` of the places, and writes to its own part of partial (splits, kh*kw*C, O), which
+// `sum_splits` adds up. A row of the result is a tap of the window and a channel; a block's rows may be those of several
+// taps, which read almost the same pixels.
+// kh kw C is a multiple of BM, C of 16 bytes, O of BN.   Grid: (kh kw C / BM, O / BN, splits)
 template <typename T, int BM, int BN, int WM, int WN, int STAGES, int INNER>
 __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     convolve_weight_gradient(const T* x, const T* dout, float* partial, int N, int H, int W, int C, int oh, int ow,
@@ -718,17 +720,19 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     extern __shared__ __align__(128) byte shared[];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int warp_m = warp / (BN / WN) * WM, warp_n = warp % (BN / WN) * WN;
-    const int first_c = blockIdx.x % (C / BM) * BM, first_o = blockIdx.x / (C / BM) * BN;
-    const int tap_h = blockIdx.y / kw, tap_w = blockIdx.y % kw;
+    const int first_row = blockIdx.x * BM, first_o = blockIdx.y * BN;
     const int first = blockIdx.z * places_each, end = min(first + places_each, N * oh * ow);
     const int steps = (end - first + BK - 1) / BK;
 
-    // The places whose pixels this thread gathers; from step to step they move on by BK
+    // What this thread gathers: a place, which moves on by BK from step to step, seen from a tap and a channel
     int place_n[LEFT_COPIES], place_i[LEFT_COPIES], place_j[LEFT_COPIES];
+    int tap_y[LEFT_COPIES], tap_x[LEFT_COPIES], channel[LEFT_COPIES];
 #pragma unroll
     for (int k = 0; k < LEFT_COPIES; ++k) {
-        const int place = first + (thread + k * THREADS) / LEFT_ACROSS;
+        const int id = thread + k * THREADS, place = first + id / LEFT_ACROSS;
+        const int row = first_row + id % LEFT_ACROSS * CHUNK;
         place_j[k] = place % ow, place_i[k] = place / ow % oh, place_n[k] = place / ow / oh;
+        channel[k] = row % C, tap_y[k] = row / C / kw - padding, tap_x[k] = row / C % kw - padding;
     }
     const int on_j = BK % ow, on_i = BK / ow % oh, on_n = BK / ow / oh;
 
@@ -737,10 +741,10 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
 #pragma unroll
         for (int k = 0; k < LEFT_COPIES; ++k) {
             const int id = thread + k * THREADS, row = id / LEFT_ACROSS, across = id % LEFT_ACROSS;
-            const int y = place_i[k] * stride + tap_h - padding, z = place_j[k] * stride + tap_w - padding;
+            const int y = place_i[k] * stride + tap_y[k], z = place_j[k] * stride + tap_x[k];
             const bool inside = first + step * BK + row < end && y >= 0 && y < H && z >= 0 && z < W;
             copy16(left + outer_place<T, BM>(row, across),
-                   inside ? x + ((long long)(place_n[k] * H + y) * W + z) * C + first_c + across * CHUNK : x, inside);
+                   inside ? x + ((place_n[k] * H + y) * W + z) * C + channel[k] : x, inside);
             place_j[k] += on_j, place_i[k] += on_i, place_n[k] += on_n;
             if (place_j[k] >= ow) place_j[k] -= ow, ++place_i[k];
             if (place_i[k] >= oh) place_i[k] -= oh, ++place_n[k];
@@ -750,7 +754,7 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
             const int id = thread + k * THREADS, row = id / RIGHT_ACROSS, across = id % RIGHT_ACROSS;
             const int place = first + step * BK + row;
             copy16(right + outer_place<T, BN>(row, across),
-                   place < end ? dout + (long long)place * O + first_o + across * CHUNK : dout, place < end);
+                   place < end ? dout + place * O + first_o + across * CHUNK : dout, place < end);
         }
     };
 
@@ -778,16 +782,16 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
                 for (int j = 0; j < WN / 8; ++j) multiply_add(T(0.f), sum[i][j], a[i], b[j / 2] + j % 2 * 2);
         }
     }
-    float* to = partial + ((long long)blockIdx.z * gridDim.y + blockIdx.y) * C * O;
+    float* to = partial + (long long)blockIdx.z * gridDim.x * BM * O;
 #pragma unroll
     for (int i = 0; i < WM / 16; ++i)
 #pragma unroll
         for (int j = 0; j < WN / 8; ++j)
 #pragma unroll
             for (int lower = 0; lower < 2; ++lower) {
-                const int c = first_c + warp_m + i * 16 + lane / 4 + lower * 8;
+                const int row = first_row + warp_m + i * 16 + lane / 4 + lower * 8;
                 const int o = first_o + warp_n + j * 8 + lane % 4 * 2;
-                store(to + (long long)c * O + o, Pack<float, 2>{{sum[i][j][lower * 2], sum[i][j][lower * 2 + 1]}});
+                store(to + (long long)row * O + o, Pack<float, 2>{{sum[i][j][lower * 2], sum[i][j][lower * 2 + 1]}});
             }
 }
 

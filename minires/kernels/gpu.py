@@ -39,7 +39,7 @@ PRECISIONS = ("tf32", "float32")
 TYPES = {"float32": "float", "float16": "half", "uint8": "byte", "int64": "long long"}
 THREADS = 256  # in a block, unless a kernel says otherwise
 ROWS = {"float32": 16, "float16": 8}  # that a thread of batch normalisation keeps: 64 numbers in registers
-SMALL_PRODUCT = 2**22  # multiplications up to which cuBLAS is not worth its launch
+SMALL_PRODUCT = 2**24  # multiplications up to which cuBLAS is not worth its launch
 COLUMN_BYTES = 2**25  # columns that exist at one time: what the cache of a large GPU holds
 
 # Tiles of the implicit convolution: rows, columns, rows and columns of a warp, steps under way, bytes of a step along the
@@ -386,13 +386,13 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
     kh, kw, _, O = weight_shape
     _, oh, ow, _ = dout.shape
     if is_implicit(x, dout, O):
-        if C % ROWS_OF_A_GRADIENT == 0:
-            geometry = (N, H, W, C, oh, ow, O, kw, stride, padding)
-            return convolve_weight_gradient(x, dout, (kh, kw, C, O), geometry)
-        columns = im2col(x, (kh, kw), stride, padding, row_size=round_up(kh * kw * C, ROWS_OF_A_GRADIENT))
+        rows = kh * kw * C
+        if rows % ROWS_OF_A_GRADIENT == 0 and C * x.dtype.itemsize % 16 == 0:
+            return convolve_weight_gradient(x, dout, weight_shape, (N, H, W, C, oh, ow, O, kw, stride, padding))
+        columns = im2col(x, (kh, kw), stride, padding, row_size=round_up(rows, ROWS_OF_A_GRADIENT))
         K = columns.shape[3]
-        rows = convolve_weight_gradient(columns, dout, (1, 1, K, O), (N, oh, ow, K, oh, ow, O, 1, 1, 0))
-        return rows[0, 0, : kh * kw * C].reshape(weight_shape)
+        dweight = convolve_weight_gradient(columns, dout, (1, 1, K, O), (N, oh, ow, K, oh, ow, O, 1, 1, 0))
+        return dweight[0, 0, :rows].reshape(weight_shape)
     dweight = xp.zeros((kh * kw * C, O), "float32")
     for images in chunks_of_images(x, kh * kw * C * oh * ow):
         columns = im2col(x[images], (kh, kw), stride, padding).reshape(-1, kh * kw * C)
@@ -454,21 +454,22 @@ def convolve(source, weight, target, geometry, forward):
 
 def convolve_weight_gradient(x, dout, weight_shape, geometry):
     xp = array_module(x)
-    N, _, _, C, oh, ow, O, _, _, _ = geometry
-    kh, kw, _, _ = weight_shape
-    places, taps = N * oh * ow, kh * kw
-    tile = next(tile for tile in GRADIENT_TILES if C % tile[0] == 0 and O % tile[1] == 0)
+    N, _, _, _, oh, ow, O, _, _, _ = geometry
+    places, rows = N * oh * ow, math.prod(weight_shape[:3])
+    tile = next(tile for tile in GRADIENT_TILES if rows % tile[0] == 0 and O % tile[1] == 0)
     BM, BN, WM, WN, stages, inner = tile
-    tiles = C // BM * (O // BN) * taps
+    tiles = rows // BM * (O // BN)
     splits = max(1, min(BLOCKS // tiles, places // SHORTEST_SPLIT))
     places_each = round_up(-(-places // splits), inner // x.dtype.itemsize)
     splits = -(-places // places_each)
     partial = xp.empty((splits, *weight_shape), "float32")
     launch(
         f"convolve_weight_gradient<{type_name(x)}, {tile_arguments(tile)}>",
-        (C // BM * (O // BN), taps, splits), (BM // WM * (BN // WN) * 32,),
-        x, dout, partial, *geometry, places_each, shared_bytes=stages * (BM + BN) * inner,
-    )  # fmt: skip
+        (rows // BM, O // BN, splits),
+        (BM // WM * (BN // WN) * 32,),
+        *(x, dout, partial, *geometry, places_each),
+        shared_bytes=stages * (BM + BN) * inner,
+    )
     if splits == 1:
         return partial[0]
     dweight = xp.empty(weight_shape, "float32")
