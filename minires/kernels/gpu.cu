@@ -16,11 +16,10 @@
 #ifndef EMULATED
 #include <cuda_fp16.h>
 
-// Copy 16 bytes from global to shared memory in the background; zeros where `inside` is false. They are cached on the
-// way (.ca): nine taps of a window read almost the same pixels.
+// Copy 16 bytes from global to shared memory in the background; zeros, and no access, where `inside` is false.
 __device__ __forceinline__ void copy16(void* shared, const void* global, bool inside) {
     const int bytes = inside ? 16 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
                  "l"(global), "r"(bytes));
 }
 // Close a group of copies; wait until at most N of the latest groups are under way.
@@ -604,61 +603,68 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     if (first_row >= M) return;
     const int steps = max(taps_h, 0) * max(taps_w, 0) * (channels / BK);
 
-    // The rows that this thread gathers: the source's pixel at the first tap
+    // The rows that this thread gathers: where the source's pixel at the first tap is, and a bit for each tap that tells
+    // whether the pixel there is inside. What can be known before the loop is, for the loop's arithmetic costs as much as
+    // its products.
     const int chunk = thread % ACROSS, chunk_row = thread / ACROSS;
-    int origin[LEFT_COPIES], row_y[LEFT_COPIES], row_x[LEFT_COPIES];
+    const T* row_from[LEFT_COPIES];
+    unsigned inside[LEFT_COPIES];
 #pragma unroll
     for (int i = 0; i < LEFT_COPIES; ++i) {
         const int m = first_row + chunk_row + i * ROW_STEP;
         const int x = m % places_w, y = m / places_w % places_h, n = m / places_w / places_h;
-        row_y[i] = FORWARD ? y * stride - padding : y + (phase_h + padding - first_h) / stride;
-        row_x[i] = FORWARD ? x * stride - padding : x + (phase_w + padding - first_w) / stride;
-        origin[i] = ((n * source_h + row_y[i]) * source_w + row_x[i]) * channels + chunk * CHUNK;
-        if (m >= M) row_y[i] = -(1 << 29);  // never inside
+        const int row_y = FORWARD ? y * stride - padding : y + (phase_h + padding - first_h) / stride;
+        const int row_x = FORWARD ? x * stride - padding : x + (phase_w + padding - first_w) / stride;
+        row_from[i] = source + ((n * source_h + row_y) * source_w + row_x) * channels + chunk * CHUNK;
+        unsigned inside_x = 0;
+        for (int t = 0; t < taps_w; ++t) inside_x |= unsigned((unsigned)(row_x + t * direction) < (unsigned)source_w) << t;
+        inside[i] = 0;
+        for (int t = 0; t < taps_h; ++t)
+            if (m < M && (unsigned)(row_y + t * direction) < (unsigned)source_h) inside[i] |= inside_x << t * taps_w;
     }
+    const int left_place = inner_place<INNER>(chunk_row, chunk);
 
-    int tap_y = 0, tap_x = 0, channel = 0;  // of the next step to be copied
-    auto copy_step = [&](int step) {
-        byte *left = shared + step % STAGES * (LEFT + RIGHT), *right = left + LEFT;
-        const int dy = tap_y * direction, dx = tap_x * direction;
+    // The weights: forward, O is outermost in memory and the rows of a step follow each other from step to step; backward,
+    // a row is a channel of dx, and the inner dimension, O, lies along it.
+    constexpr int WEIGHT_ACROSS = FORWARD ? BN / CHUNK : ACROSS, WEIGHT_STEP = THREADS / WEIGHT_ACROSS;
+    constexpr int WEIGHT_ROW_BYTES = FORWARD ? BN * sizeof(T) : INNER;
+    const int weight_chunk = thread % WEIGHT_ACROSS, weight_row = thread / WEIGHT_ACROSS;
+    const T* weight_from = weight + (FORWARD ? weight_row * O + first_column : (first_column + weight_row) * O) + weight_chunk * CHUNK;
+    const int right_place = FORWARD ? outer_place<T, BN>(weight_row, weight_chunk) : inner_place<INNER>(weight_row, weight_chunk);
+
+    // The next step to be copied: its tap of the window, its first channel, and its stage in shared memory
+    int tap = 0, tap_x = 0, tap_y = 0, channel = 0, copy_stage = 0;
+    auto copy_step = [&] {
+        byte *left = shared + copy_stage * (LEFT + RIGHT), *right = left + LEFT;
+        const int from = (tap_y * source_w + tap_x) * direction * channels + channel;
 #pragma unroll
-        for (int i = 0; i < LEFT_COPIES; ++i) {
-            const int y = row_y[i] + dy, x = row_x[i] + dx;
-            const bool inside = y >= 0 && y < source_h && x >= 0 && x < source_w;
-            copy16(left + inner_place<INNER>(chunk_row + i * ROW_STEP, chunk),
-                   inside ? source + origin[i] + (dy * source_w + dx) * channels + channel : source, inside);
-        }
-        const int tap = (first_h + tap_y * tap_step) * kw + first_w + tap_x * tap_step;
+        for (int i = 0; i < LEFT_COPIES; ++i)
+            copy16(left + left_place + i * ROW_STEP * INNER, row_from[i] + from, inside[i] >> tap & 1);
+        const int weight_tap = (first_h + tap_y * tap_step) * kw + first_w + tap_x * tap_step;
+        const int weight_at = FORWARD ? (weight_tap * C + channel) * O : weight_tap * C * O + channel;
 #pragma unroll
-        for (int i = 0; i < RIGHT_COPIES; ++i) {
-            if (FORWARD) {  // O is outermost in memory: rows of the inner dimension, c
-                const int id = thread + i * THREADS, c = id / (BN / CHUNK), n = id % (BN / CHUNK);
-                copy16(right + outer_place<T, BN>(c, n),
-                       weight + ((long long)tap * C + channel + c) * O + first_column + n * CHUNK, true);
-            } else {  // rows of the outer dimension, c; the inner one, O, lies along them
-                const int row = chunk_row + i * ROW_STEP;
-                copy16(right + inner_place<INNER>(row, chunk),
-                       weight + ((long long)tap * C + first_column + row) * O + channel + chunk * CHUNK, true);
-            }
-        }
+        for (int i = 0; i < RIGHT_COPIES; ++i)
+            copy16(right + right_place + i * WEIGHT_STEP * WEIGHT_ROW_BYTES, weight_from + weight_at + i * WEIGHT_STEP * O, true);
+        if (++copy_stage == STAGES) copy_stage = 0;
         channel += BK;
         if (channel == channels) {
-            channel = 0;
+            channel = 0, ++tap;
             if (++tap_x == taps_w) tap_x = 0, ++tap_y;
         }
     };
 
     float sum[WM / 16][WN / 8][4] = {};
     for (int step = 0; step < STAGES - 1; ++step) {
-        if (step < steps) copy_step(step);
+        if (step < steps) copy_step();
         end_of_copies();
     }
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0, stage = 0; step < steps; ++step) {
         wait_for_copies<STAGES - 2>();
         __syncthreads();
-        if (step + STAGES - 1 < steps) copy_step(step + STAGES - 1);
+        if (step + STAGES - 1 < steps) copy_step();
         end_of_copies();
-        const byte *left = shared + step % STAGES * (LEFT + RIGHT), *right = left + LEFT;
+        const byte *left = shared + stage * (LEFT + RIGHT), *right = left + LEFT;
+        if (++stage == STAGES) stage = 0;
 #pragma unroll
         for (int part = 0; part < INNER / 32; ++part) {
             unsigned a[WM / 16][4], b[WN / 16][4];
@@ -715,8 +721,8 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
                              int O, int kw, int stride, int padding, int places_each) {
     constexpr int THREADS = BM / WM * (BN / WN) * 32, CHUNK = 16 / sizeof(T), BK = INNER / sizeof(T);
     constexpr int LEFT = BM * INNER, RIGHT = BN * INNER;
-    constexpr int LEFT_ACROSS = BM / CHUNK, RIGHT_ACROSS = BN / CHUNK;
-    constexpr int LEFT_COPIES = BM * INNER / 16 / THREADS, RIGHT_COPIES = BN * INNER / 16 / THREADS;
+    constexpr int SHARERS = THREADS / BK;  // of a place: so many threads copy its channels
+    constexpr int LEFT_COPIES = BM / CHUNK / SHARERS, RIGHT_COPIES = BN / CHUNK / SHARERS;
     extern __shared__ __align__(128) byte shared[];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int warp_m = warp / (BN / WN) * WM, warp_n = warp % (BN / WN) * WN;
@@ -724,51 +730,50 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     const int first = blockIdx.z * places_each, end = min(first + places_each, N * oh * ow);
     const int steps = (end - first + BK - 1) / BK;
 
-    // What this thread gathers: a place, which moves on by BK from step to step, seen from a tap and a channel
-    int place_n[LEFT_COPIES], place_i[LEFT_COPIES], place_j[LEFT_COPIES];
-    int tap_y[LEFT_COPIES], tap_x[LEFT_COPIES], channel[LEFT_COPIES];
+    // This thread follows one place, which moves on by BK from step to step, and sees it from several taps and channels
+    const int row = thread / SHARERS, sharer = thread % SHARERS;
+    int place = first + row, j = place % ow, i = place / ow % oh, n = place / ow / oh;
+    const int on_j = BK % ow, on_i = BK / ow % oh, on_n = BK / ow / oh;
+    int tap_y[LEFT_COPIES], tap_x[LEFT_COPIES], from[LEFT_COPIES];
 #pragma unroll
     for (int k = 0; k < LEFT_COPIES; ++k) {
-        const int id = thread + k * THREADS, place = first + id / LEFT_ACROSS;
-        const int row = first_row + id % LEFT_ACROSS * CHUNK;
-        place_j[k] = place % ow, place_i[k] = place / ow % oh, place_n[k] = place / ow / oh;
-        channel[k] = row % C, tap_y[k] = row / C / kw - padding, tap_x[k] = row / C % kw - padding;
+        const int m = first_row + (sharer + k * SHARERS) * CHUNK;
+        tap_y[k] = m / C / kw - padding, tap_x[k] = m / C % kw - padding;
+        from[k] = (tap_y[k] * W + tap_x[k]) * C + m % C;
     }
-    const int on_j = BK % ow, on_i = BK / ow % oh, on_n = BK / ow / oh;
-
-    auto copy_step = [&](int step) {
-        byte *left = shared + step % STAGES * (LEFT + RIGHT), *right = left + LEFT;
+    int copy_stage = 0;
+    auto copy_step = [&] {
+        byte *left = shared + copy_stage * (LEFT + RIGHT), *right = left + LEFT;
+        const int y = i * stride, z = j * stride;
+        const T* pixel = x + ((n * H + y) * W + z) * C;
+        const bool counts = place < end;
 #pragma unroll
         for (int k = 0; k < LEFT_COPIES; ++k) {
-            const int id = thread + k * THREADS, row = id / LEFT_ACROSS, across = id % LEFT_ACROSS;
-            const int y = place_i[k] * stride + tap_y[k], z = place_j[k] * stride + tap_x[k];
-            const bool inside = first + step * BK + row < end && y >= 0 && y < H && z >= 0 && z < W;
-            copy16(left + outer_place<T, BM>(row, across),
-                   inside ? x + ((place_n[k] * H + y) * W + z) * C + channel[k] : x, inside);
-            place_j[k] += on_j, place_i[k] += on_i, place_n[k] += on_n;
-            if (place_j[k] >= ow) place_j[k] -= ow, ++place_i[k];
-            if (place_i[k] >= oh) place_i[k] -= oh, ++place_n[k];
+            const bool inside = (unsigned)(y + tap_y[k]) < (unsigned)H && (unsigned)(z + tap_x[k]) < (unsigned)W;
+            copy16(left + outer_place<T, BM>(row, sharer + k * SHARERS), pixel + from[k], counts && inside);
         }
+        const T* gradient = dout + place * O + first_o + sharer * CHUNK;
 #pragma unroll
-        for (int k = 0; k < RIGHT_COPIES; ++k) {
-            const int id = thread + k * THREADS, row = id / RIGHT_ACROSS, across = id % RIGHT_ACROSS;
-            const int place = first + step * BK + row;
-            copy16(right + outer_place<T, BN>(row, across),
-                   place < end ? dout + place * O + first_o + across * CHUNK : dout, place < end);
-        }
+        for (int k = 0; k < RIGHT_COPIES; ++k)
+            copy16(right + outer_place<T, BN>(row, sharer + k * SHARERS), gradient + k * SHARERS * CHUNK, counts);
+        if (++copy_stage == STAGES) copy_stage = 0;
+        place += BK, j += on_j, i += on_i, n += on_n;
+        if (j >= ow) j -= ow, ++i;
+        if (i >= oh) i -= oh, ++n;
     };
 
     float sum[WM / 16][WN / 8][4] = {};
     for (int step = 0; step < STAGES - 1; ++step) {
-        if (step < steps) copy_step(step);
+        if (step < steps) copy_step();
         end_of_copies();
     }
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0, stage = 0; step < steps; ++step) {
         wait_for_copies<STAGES - 2>();
         __syncthreads();
-        if (step + STAGES - 1 < steps) copy_step(step + STAGES - 1);
+        if (step + STAGES - 1 < steps) copy_step();
         end_of_copies();
-        const byte *left = shared + step % STAGES * (LEFT + RIGHT), *right = left + LEFT;
+        const byte *left = shared + stage * (LEFT + RIGHT), *right = left + LEFT;
+        if (++stage == STAGES) stage = 0;
 #pragma unroll
         for (int part = 0; part < INNER / 32; ++part) {
             unsigned a[WM / 16][4], b[WN / 16][4];
@@ -789,9 +794,9 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
         for (int j = 0; j < WN / 8; ++j)
 #pragma unroll
             for (int lower = 0; lower < 2; ++lower) {
-                const int row = first_row + warp_m + i * 16 + lane / 4 + lower * 8;
+                const int m = first_row + warp_m + i * 16 + lane / 4 + lower * 8;
                 const int o = first_o + warp_n + j * 8 + lane % 4 * 2;
-                store(to + (long long)row * O + o, Pack<float, 2>{{sum[i][j][lower * 2], sum[i][j][lower * 2 + 1]}});
+                store(to + (long long)m * O + o, Pack<float, 2>{{sum[i][j][lower * 2], sum[i][j][lower * 2 + 1]}});
             }
 }
 

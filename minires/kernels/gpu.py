@@ -40,7 +40,7 @@ TYPES = {"float32": "float", "float16": "half", "uint8": "byte", "int64": "long 
 THREADS = 256  # in a block, unless a kernel says otherwise
 ROWS = {"float32": 16, "float16": 8}  # that a thread of batch normalisation keeps: 64 numbers in registers
 SMALL_PRODUCT = 2**24  # multiplications up to which cuBLAS is not worth its launch
-COLUMN_BYTES = 2**25  # columns that exist at one time: what the cache of a large GPU holds
+COLUMN_BYTES = 2**28  # columns that exist at one time
 
 # Tiles of the implicit convolution: rows, columns, rows and columns of a warp, steps under way, bytes of a step along the
 # inner dimension; largest first.
@@ -53,6 +53,7 @@ BLOCKS = (
     512  # that a GPU should have to work on, four for each multiprocessor of a large one: decides on tiles and splits
 )
 SHORTEST_SPLIT = 1024  # places of the image that a block of the weight gradient sums at least
+MOST_TAPS = 32  # of a window: one bit each
 INDEX_LIMIT = 2**31  # the kernels count elements in 32 bits
 
 NO_ARRAY = np.uint64(0)
@@ -342,7 +343,7 @@ def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
     kh, kw, C, O = weight.shape
     oh, ow = output_size(H, kh, stride, padding), output_size(W, kw, stride, padding)
     out = xp.empty((N, oh, ow, O), x.dtype)
-    if is_implicit(x, out, O):
+    if is_implicit(x, out, O, kh * kw):
         if C % step_of(x):
             columns, rows = padded_columns(x, weight, stride, padding)
             convolve(columns, rows, out, (N, oh, ow, rows.shape[2], oh, ow, O, 1, 1, 1, 0), forward=True)
@@ -370,7 +371,7 @@ def input_gradient(dout, x, weight, stride, padding):
     kh, kw, _, O = weight.shape
     _, oh, ow, _ = dout.shape
     dx = xp.empty_like(x)
-    if is_implicit(x, dout, C) and O % step_of(x) == 0:
+    if is_implicit(x, dout, C, kh * kw) and O % step_of(x) == 0:
         convolve(dout, weight, dx, (N, H, W, C, oh, ow, O, kh, kw, stride, padding), forward=False)
         return dx
     rows = cast(weight, x.dtype).reshape(-1, O)  # (kh*kw*C, O)
@@ -385,7 +386,7 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
     N, H, W, C = x.shape
     kh, kw, _, O = weight_shape
     _, oh, ow, _ = dout.shape
-    if is_implicit(x, dout, O):
+    if is_implicit(x, dout, O, kh * kw):
         rows = kh * kw * C
         if rows % ROWS_OF_A_GRADIENT == 0 and C * x.dtype.itemsize % 16 == 0:
             return convolve_weight_gradient(x, dout, weight_shape, (N, H, W, C, oh, ow, O, kw, stride, padding))
@@ -400,10 +401,11 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
     return dweight.reshape(weight_shape)
 
 
-def is_implicit(x, other, columns):
-    """Whether the tensor cores take a convolution between x and other, the product having so many columns."""
+def is_implicit(x, other, columns, taps):
+    """Whether the tensor cores take a convolution between x and other: a product with so many columns, by such a window."""
     allowed = x.dtype == "float16" or _precision == "tf32"
-    return allowed and columns % COLUMNS_OF_A_TILE == 0 and max(x.size, other.size) < INDEX_LIMIT
+    counted = max(x.size, other.size) < INDEX_LIMIT and taps <= MOST_TAPS
+    return allowed and counted and columns % COLUMNS_OF_A_TILE == 0
 
 
 def step_of(x):
