@@ -370,10 +370,10 @@ def batches(images, labels, order, args, epoch, dtype, at_once=1, start=0):
     """
     for first in range(start, len(order), at_once * args.batch_size):
         index = order[first : first + at_once * args.batch_size]
-        augmented = augment(images[index], index, args, epoch, first)
+        augmented = normalize(augment(images[index], index, args, epoch, first), cifar10.MEAN, cifar10.STD, dtype)
         for i in range(0, len(index), args.batch_size):
             batch = slice(i, i + args.batch_size)
-            yield normalize(augmented[batch], cifar10.MEAN, cifar10.STD, dtype), labels[index[batch]]
+            yield augmented[batch], labels[index[batch]]
 
 
 def augment(images, index, args, epoch, start):

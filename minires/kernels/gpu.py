@@ -42,13 +42,16 @@ ROWS = {"float32": 16, "float16": 8}  # that a thread of batch normalisation kee
 SMALL_PRODUCT = 2**24  # multiplications up to which cuBLAS is not worth its launch
 COLUMN_BYTES = 2**28  # columns that exist at one time
 
-# Tiles of the implicit convolution: rows, columns, rows and columns of a warp, steps under way, bytes of a step along the
-# inner dimension; largest first.
-TILES = ((128, 128, 64, 64, 4, 64), (128, 64, 64, 32, 4, 64), (64, 64, 32, 32, 4, 64))
-GRADIENT_TILES = ((128, 128, 64, 64, 4, 64), (64, 64, 32, 32, 4, 64), (32, 64, 16, 32, 4, 64))
+# Tiles of the implicit convolutions: rows, columns, rows and columns of a warp, steps under way, bytes of a step along the
+# inner dimension. The largest comes first. Found by trying on an H200; they decide in which order sums are added.
+TILES = ((128, 128, 64, 64, 3, 128), (128, 64, 64, 32, 3, 128), (64, 64, 32, 32, 4, 64))
+GRADIENT_TILES = {
+    "float16": ((192, 64, 48, 64, 4, 64), (64, 64, 32, 32, 4, 64), (32, 64, 16, 32, 4, 64)),
+    "float32": ((192, 64, 48, 64, 3, 128), (64, 64, 32, 32, 4, 64), (32, 64, 16, 32, 4, 64)),
+}
 COLUMNS_OF_A_TILE = 64  # at least
 ROWS_OF_A_GRADIENT = 32  # at least
-STEP_BYTES = 64  # the shortest step along the inner dimension
+STEP_BYTES = 64  # of the shortest step along the inner dimension
 BLOCKS = (
     512  # that a GPU should have to work on, four for each multiprocessor of a large one: decides on tiles and splits
 )
@@ -100,7 +103,7 @@ def kernel_names():
             ]
         names += [f"im2col<{T}, {v}, {whole}>" for v, whole in ((V, "true"), (V, "false"), (1, "true"))]
         names += [f"convolve<{T}, {tile_arguments(tile)}, {way}>" for tile in TILES for way in ("true", "false")]
-        names += [f"convolve_weight_gradient<{T}, {tile_arguments(tile)}>" for tile in GRADIENT_TILES]
+        names += [f"convolve_weight_gradient<{T}, {tile_arguments(tile)}>" for tile in GRADIENT_TILES[dtype]]
         names += [f"small_product<{T}, float, {T}>", f"small_product<{T}, {T}, float>"]
     names += [
         "small_product<half, float, float>",
@@ -458,10 +461,10 @@ def convolve_weight_gradient(x, dout, weight_shape, geometry):
     xp = array_module(x)
     N, _, _, _, oh, ow, O, _, _, _ = geometry
     places, rows = N * oh * ow, math.prod(weight_shape[:3])
-    tile = next(tile for tile in GRADIENT_TILES if rows % tile[0] == 0 and O % tile[1] == 0)
+    tile = next(tile for tile in GRADIENT_TILES[str(x.dtype)] if rows % tile[0] == 0 and O % tile[1] == 0)
     BM, BN, WM, WN, stages, inner = tile
     tiles = rows // BM * (O // BN)
-    splits = max(1, min(BLOCKS // tiles, places // SHORTEST_SPLIT))
+    splits = max(1, min(GRADIENT_BLOCKS // tiles, places // SHORTEST_SPLIT))
     places_each = round_up(-(-places // splits), inner // x.dtype.itemsize)
     splits = -(-places // places_each)
     partial = xp.empty((splits, *weight_shape), "float32")
