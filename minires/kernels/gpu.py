@@ -52,9 +52,8 @@ GRADIENT_TILES = {
 COLUMNS_OF_A_TILE = 64  # at least
 ROWS_OF_A_GRADIENT = 32  # at least
 STEP_BYTES = 64  # of the shortest step along the inner dimension
-BLOCKS = (
-    512  # that a GPU should have to work on, four for each multiprocessor of a large one: decides on tiles and splits
-)
+BLOCKS = 128  # that a convolution should have, one for each multiprocessor of a large GPU
+GRADIENT_BLOCKS = 264  # the same for the weight gradient, whose sums are split until there are so many
 SHORTEST_SPLIT = 1024  # places of the image that a block of the weight gradient sums at least
 MOST_TAPS = 32  # of a window: one bit each
 INDEX_LIMIT = 2**31  # the kernels count elements in 32 bits
