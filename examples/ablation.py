@@ -1,12 +1,12 @@
 """What is each ingredient worth? Train the network with and without it, several times, and put the results in a table.
 
-    python examples/ablation.py --data sample --epochs 2 --seeds 1 --limit-batches 2      a smoke test, a few minutes
+    python examples/ablation.py --seeds 1 --data sample --epochs 2 --batch-size 50        a smoke test
     python examples/ablation.py --study report                                            the whole study, for a GPU
     python examples/ablation.py --study fast --variants fast "no cutout" --seeds 5        a part of another
 
-Each run is one of train_cifar.py, in a folder of its own, OUT/VARIANT/seed-N. A run that is there is not made again:
-the study can be stopped at any time and goes on with the same command, and with more seeds or variants it takes over
-what it has. OUT/table.md and, with matplotlib, OUT/ablation.png are drawn anew after each run.
+All other options go to train_cifar.py as they are. Each run has a folder of its own, OUT/VARIANT/seed-N. A run that is
+there is not made again: the study can be stopped at any time and goes on with the same command, and with more seeds or
+variants it takes over what it has. OUT/table.md and, with matplotlib, OUT/ablation.png are made anew after each run.
 
 Compare variants by their validation accuracy; the test accuracy is what to report for the one that was chosen.
 """
@@ -59,19 +59,17 @@ COLUMNS = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Train variants of a recipe and compare them.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Train variants of a recipe and compare them; unknown options go to train_cifar.py.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--study", choices=list(STUDIES), default="report", help="default report")
     names = "; ".join(f"{study}: {', '.join(map(repr, variants))}" for study, variants in STUDIES.items())
     add("--variants", nargs="+", metavar="NAME", help=f"only these of the study; {names}")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="runs of each variant, with seeds from 0; default 3")
-    add("--epochs", type=at_least(1), metavar="N", help="of each run, default the recipe's")
     add("--out", type=pathlib.Path, metavar="DIR", help="the folder of the study, default runs/ablation-STUDY")
-    add("--data", metavar="sample|DIR", help="as in train_cifar.py, like the rest")
-    add("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    add("--batch-size", type=at_least(2), metavar="N")
-    add("--limit-batches", type=at_least(1), metavar="N")
-    args = parser.parse_args()
+    args, args.shared = parser.parse_known_args()
     unknown = [name for name in args.variants or [] if name not in STUDIES[args.study]]
     if unknown:
         parser.error(
@@ -87,7 +85,7 @@ def main():
     runs = [(name, seed) for seed in range(args.seeds) for name in variants]  # once all of them, then all again
     for i, (name, seed) in enumerate(runs, start=1):
         folder = folder_of(args.out, name) / f"seed-{seed}"
-        options = [*variants[name], "--no-full-train", "--seed", str(seed), *shared_options(args)]
+        options = [*variants[name], "--no-full-train", *args.shared, "--seed", str(seed)]
         if not is_made(folder, options):
             print(f"run {i} of {len(runs)}: {name}, seed {seed}", flush=True)
             code = train(folder, options)
@@ -98,15 +96,6 @@ def main():
         write_table(args, variants)
     print((args.out / "table.md").read_text(), end="")
     return 0
-
-
-def shared_options(args):
-    """Return what all runs of a study are given besides their variant."""
-    options = []
-    for name in ("epochs", "data", "device", "batch_size", "limit_batches"):
-        if getattr(args, name) is not None:
-            options += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-    return options
 
 
 def folder_of(out, variant):

@@ -449,6 +449,12 @@ def test_a_variant_that_does_not_end_well_does_not_end_the_study(tmp_path, monke
     assert "| plain, without sums |" not in out
 
 
+def test_an_option_that_the_training_script_refuses_ends_the_study(tmp_path):
+    code, _, err = run("ablation.py", "--out", tmp_path, "--epochs", "0")
+    assert code == 2
+    assert "--epochs: expected a whole number of at least 1, got 0" in err.splitlines()[-1]
+
+
 def test_a_variant_that_there_is_not_is_named():
     code, _, err = run("ablation.py", "--variants", "no luck")
     assert code == 2
