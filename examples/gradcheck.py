@@ -10,6 +10,7 @@ import numpy as np
 from minires import (
     BasicBlock,
     BatchNorm2d,
+    Bias2d,
     Conv2d,
     Dropout,
     GlobalAvgPool2d,
@@ -31,6 +32,7 @@ def main():
         ("GlobalAvgPool2d", GlobalAvgPool2d(), images),
         ("BatchNorm2d", BatchNorm2d(6), images),
         ("BatchNorm2d with ReLU", BatchNorm2d(6, relu=True), images),
+        ("Bias2d with ReLU", Bias2d(6, relu=True), images),
         ("Conv2d 3x3", Conv2d(6, 5, 3, padding=1, rng=rng), images),
         ("Conv2d 3x3, stride 2", Conv2d(6, 5, 3, stride=2, padding=1, rng=rng), images),
         ("Conv2d 1x1, stride 2", Conv2d(6, 5, 1, stride=2, rng=rng), images),

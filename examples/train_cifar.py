@@ -136,6 +136,7 @@ def parse_arguments():
     add("--limit-batches", type=at_least(1), metavar="N", help="use only the first N batches of every pass, for a try")
     add("--blocks", type=at_least(1), nargs=4, default=[2, 1, 1, 1], metavar="N", help="of each stage, default 2 1 1 1")
     add("--no-shortcut", action="store_true", help="the plain network, without the sums")
+    add("--no-batch-norm", action="store_true", help="the network without normalisation")
     add("--no-augment", action="store_true", help="no crop, flip, cutout and TrivialAugment")
     add("--recipe", choices=list(RECIPES), default="report", help="sets all that follows; default report")
 
@@ -232,7 +233,8 @@ def main():
     total_steps = args.epochs * batches_per_epoch
 
     # Model, loss, optimizer
-    model = minires.ResNet(args.blocks, dropout=args.dropout, shortcut=not args.no_shortcut, seed=args.seed).to(device)
+    network = {"dropout": args.dropout, "shortcut": not args.no_shortcut, "batch_norm": not args.no_batch_norm}
+    model = minires.ResNet(args.blocks, seed=args.seed, **network).to(device)
     loss_function = minires.SoftmaxCrossEntropy(args.label_smoothing)
     settings = {
         "weight_decay": args.weight_decay,

@@ -5,7 +5,7 @@ The names below are in reading order: each file uses only files that come before
 
 from minires import backend, rng, kernels  # noqa: I001  (reading order, not the alphabet's)
 from minires.module import Buffer, Module, Parameter, Sequential
-from minires.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU
+from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU
 from minires.loss import SoftmaxCrossEntropy
 from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle, triangular
 from minires.resnet import BasicBlock, ResNet
@@ -27,6 +27,7 @@ __all__ = [  # noqa: RUF022
     "Linear",
     "GlobalAvgPool2d",
     "BatchNorm2d",
+    "Bias2d",
     "Conv2d",
     "SoftmaxCrossEntropy",
     "SGD",

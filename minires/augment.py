@@ -229,7 +229,7 @@ def change_values(images, operation, brightness, contrast, mask, threshold):
 
     count = xp.zeros(N * C * 256, dtype=xp.int32)
     bins = 256 * xp.arange(N * C).reshape(N, 1, 1, C)
-    xp.add.at(count, (images + bins).reshape(-1), 1)
+    xp.add.at(count, (images + bins).reshape(-1), 1)  # whole numbers: the order in which a GPU adds does not matter
     count = count.reshape(N, C, 256)
     up_to = count.cumsum(axis=2, dtype=xp.int32)  # how many pixels are no brighter than a value
     lowest = (up_to == 0).sum(axis=2, keepdims=True)  # (N, C, 1)

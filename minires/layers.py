@@ -157,10 +157,7 @@ class BatchNorm2d(Module):
 
     def forward(self, x, residual=None):
         _check_images(self, x, self.num_features)
-        if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-            raise ValueError(
-                f"BatchNorm2d expects a residual like x, {x.shape} {x.dtype}, got {residual.shape} {residual.dtype}"
-            )
+        _check_residual(self, x, residual)
         kernels = kernels_for(x)
         if not self.training:
             mean, var = self.running_mean.data, self.running_var.data
@@ -183,6 +180,37 @@ class BatchNorm2d(Module):
         self.weight.grad += dweight
         self.bias.grad += dbias
         return (dx, dresidual) if has_residual else dx
+
+
+class Bias2d(Module):
+    """Add a number to each channel, and then a residual and a ReLU if asked for: a BatchNorm2d that does not normalise.
+
+    It stands in for BatchNorm2d where one wants to know what the normalisation is worth.
+
+    Backward    dx, or with a residual the pair (dx, dresidual), which are the same array
+    Shapes      x and residual (N, H, W, C)  ->  out (N, H, W, C)
+    Cached      with relu out, whose sign is the mask
+    Raises      ValueError for a size below 1, an x of another shape or dtype, a residual that does not match
+    """
+
+    def __init__(self, num_features, *, relu=False):
+        _check_whole("Bias2d", num_features=num_features)
+        self.num_features, self.relu = num_features, relu
+        self.bias = Parameter(np.zeros(num_features, np.float32))
+
+    def forward(self, x, residual=None):
+        _check_images(self, x, self.num_features)
+        _check_residual(self, x, residual)
+        out = kernels_for(x).add_and_relu(x + self.bias.data.astype(x.dtype), residual, self.relu)
+        self._keep(out if self.relu else None, residual is not None)
+        return out
+
+    def backward(self, dout):
+        out, has_residual = self._take_cache()
+        kernels = kernels_for(dout)
+        dx = kernels.relu_backward(dout, out) if self.relu else dout
+        self.bias.grad += kernels.sum_over_rows(dx)
+        return (dx, dx) if has_residual else dx
 
 
 class Conv2d(Module):
@@ -249,8 +277,16 @@ def _check_images(layer, x, channels):
     _check_dtype(layer, x)
 
 
+def _check_residual(layer, x, residual):
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"{type(layer).__name__} expects a residual like x, {x.shape} {x.dtype}, got {residual.shape} "
+            f"{residual.dtype}"
+        )
+
+
 def _check_dtype(layer, x):
-    dtype = layer.weight.data.dtype
+    dtype = (layer.bias if isinstance(layer, Bias2d) else layer.weight).data.dtype
     if x.dtype != dtype and (x.dtype, dtype) not in kernels_for(x).MIXED_DTYPES:
         raise ValueError(
             f"{type(layer).__name__} has {dtype} parameters, got an input of {x.dtype}: convert the input, or the module "

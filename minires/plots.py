@@ -40,6 +40,23 @@ def plot_images(images, titles, path, columns=10):
     figure.savefig(path, dpi=150)
 
 
+def plot_runs(values, title, path):
+    """Draw a row for each variant: a dot for each of its runs, and a line at their mean.
+
+    Args        values: {variant: a number for each run}; title: what the numbers are; path: where the picture goes
+    """
+    figure = _figure_class()(figsize=(8, 1 + 0.35 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    for row, numbers in enumerate(values.values()):
+        axes.plot(numbers, [row] * len(numbers), "o", ms=5, color="tab:blue", alpha=0.6)
+        axes.plot([sum(numbers) / len(numbers)], [row], "|", ms=16, mew=2, color="tab:orange")
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()  # in the order of the table
+    axes.set_xlabel(title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
 def _figure_class():
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 

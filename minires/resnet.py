@@ -15,7 +15,7 @@ Source      He, Zhang, Ren and Sun 2016, "Deep residual learning for image recog
 import numpy as np
 
 from minires.kernels import kernels_for
-from minires.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear
+from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear
 from minires.module import Module, Sequential
 
 
@@ -26,22 +26,24 @@ class BasicBlock(Module):
     projection of the paper's option B.
 
     Shapes      x (N, H, W, in_channels)  ->  out (N, H / stride, W / stride, out_channels), rounded up
-    Args        shortcut: False leaves out the sum, which gives the plain network that the paper compares with
+    Args        shortcut: False leaves out the sum, which gives the plain network that the paper compares with;
+                batch_norm: False leaves only the biases of BatchNorm
     """
 
-    def __init__(self, in_channels, out_channels, stride=1, shortcut=True, *, rng=None):
+    def __init__(self, in_channels, out_channels, stride=1, shortcut=True, batch_norm=True, *, rng=None):
         rng = np.random.default_rng(rng)
+        norm = BatchNorm2d if batch_norm else Bias2d
         self.conv1 = Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False, rng=rng)
-        self.bn1 = BatchNorm2d(out_channels, relu=True)
+        self.bn1 = norm(out_channels, relu=True)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, bias=False, rng=rng)
-        self.bn2 = BatchNorm2d(out_channels, relu=True)
+        self.bn2 = norm(out_channels, relu=True)
         if not shortcut:
             self.shortcut = None
         elif stride == 1 and in_channels == out_channels:
             self.shortcut = Sequential()
         else:
             self.shortcut = Sequential(
-                Conv2d(in_channels, out_channels, 1, stride, bias=False, rng=rng), BatchNorm2d(out_channels)
+                Conv2d(in_channels, out_channels, 1, stride, bias=False, rng=rng), norm(out_channels)
             )
 
     def forward(self, x):
@@ -63,12 +65,20 @@ class ResNet(Sequential):
     Backward    backward(dlogits, need_dx=False) leaves out the gradient of the images, which training does not use
     Shapes      x (N, H, W, 3)  ->  logits (N, num_classes)
     Args        blocks: how many in each stage; channels: of each stage; dropout: p before the last layer; shortcut:
-                False for the plain network; seed: for the initial weights and the dropout masks
+                False for the plain network; seed: for the initial weights and the dropout masks; batch_norm: False
+                for a network that only adds biases where it would normalise
     Raises      ValueError for blocks and channels that do not pair up
     """
 
     def __init__(
-        self, blocks=(2, 1, 1, 1), channels=(64, 128, 256, 512), num_classes=10, dropout=0.5, shortcut=True, seed=0
+        self,
+        blocks=(2, 1, 1, 1),
+        channels=(64, 128, 256, 512),
+        num_classes=10,
+        dropout=0.5,
+        shortcut=True,
+        seed=0,
+        batch_norm=True,
     ):
         blocks, channels = tuple(blocks), tuple(channels)
         if len(blocks) != len(channels) or not blocks or min(blocks) < 1:
@@ -79,13 +89,13 @@ class ResNet(Sequential):
         self.has_shortcut = shortcut
         rng = np.random.default_rng(seed)
         self.conv1 = Conv2d(3, channels[0], 3, padding=1, bias=False, rng=rng)
-        self.bn1 = BatchNorm2d(channels[0], relu=True)
+        self.bn1 = (BatchNorm2d if batch_norm else Bias2d)(channels[0], relu=True)
         in_channels = channels[0]
         for i, (count, out_channels) in enumerate(zip(blocks, channels, strict=True)):
             stage = []
             for j in range(count):
                 stride = 2 if i > 0 and j == 0 else 1  # each stage but the first begins by halving the image
-                stage.append(BasicBlock(in_channels, out_channels, stride, shortcut, rng=rng))
+                stage.append(BasicBlock(in_channels, out_channels, stride, shortcut, batch_norm, rng=rng))
                 in_channels = out_channels
             setattr(self, f"layer{i + 1}", Sequential(*stage))
         self.pool = GlobalAvgPool2d()
@@ -121,6 +131,7 @@ class ResNet(Sequential):
         num_classes = state["linear.weight"].shape[0]
         if shortcut is None:
             shortcut = len(blocks) == 1 or any(".shortcut." in name for name in state)
-        model = cls(blocks, channels, num_classes, shortcut=shortcut)
+        batch_norm = "bn1.running_mean" in state
+        model = cls(blocks, channels, num_classes, shortcut=shortcut, batch_norm=batch_norm)
         model.load_state_dict(state)
         return model

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minires import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU, check_gradients
+from minires import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU, check_gradients
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5, 3), (1, 7, 7, 3), (1, 3, 3, 3)])
@@ -102,6 +102,21 @@ def test_linear_starts_as_in_pytorch():
         assert abs(parameter.data.std() / (0.1 / np.sqrt(3)) - 1) < 0.05
 
 
+def test_a_bias_with_residual_and_relu_by_hand(rng):
+    layer = Bias2d(2, relu=True)
+    layer.bias.data[...] = [1, -2]
+    x = np.array([[1.0, 1.0], [-3.0, 4.0]], np.float32).reshape(1, 1, 2, 2)
+    residual = np.array([[0.5, 0.5], [1.0, 1.0]], np.float32).reshape(1, 1, 2, 2)
+    np.testing.assert_array_equal(layer(x, residual).reshape(2, 2), [[2.5, 0], [0, 3]])
+    dout = np.array([[5.0, 6.0], [7.0, 8.0]], np.float32).reshape(1, 1, 2, 2)
+    dx, dresidual = layer.backward(dout)
+    np.testing.assert_array_equal(dx.reshape(2, 2), [[5, 0], [0, 8]])
+    np.testing.assert_array_equal(dresidual, dx)
+    np.testing.assert_array_equal(layer.bias.grad, [5, 8])
+    with pytest.raises(ValueError, match="Bias2d expects a residual like x"):
+        layer(x, residual[:, :, :1])
+
+
 def test_numpy_numbers_do_not_promote(rng):
     x = rng.standard_normal((2, 4, 4, 3)).astype(np.float32)
     tenth = np.float64(0.1)
@@ -122,6 +137,8 @@ def test_a_seed_fixes_the_initial_weights():
         (Linear(5, 3), np.zeros((4, 5)), "Linear has float32 parameters, got an input of float64"),
         (GlobalAvgPool2d(), np.zeros((4, 6)), r"expects \(N, H, W, C\), got \(4, 6\)"),
         (BatchNorm2d(3), np.zeros((4, 3, 8, 8)), r"images \(N, H, W, 3\), channels last, got \(4, 3, 8, 8\)"),
+        (Bias2d(3), np.zeros((4, 8, 8, 2), np.float32), r"Bias2d expects images \(N, H, W, 3\), channels last, got"),
+        (Bias2d(3), np.zeros((4, 8, 8, 3)), "Bias2d has float32 parameters, got an input of float64"),
         (BatchNorm2d(3), np.zeros((1, 1, 1, 3), np.float32), r"more than one value .* got x of shape \(1, 1, 1, 3\)"),
         (Conv2d(3, 4, 3), np.zeros((8, 8, 3)), r"Conv2d expects images \(N, H, W, 3\), channels last, got \(8, 8, 3\)"),
         (Conv2d(3, 4, 3), np.zeros((1, 8, 8, 3), np.uint8), "Conv2d has float32 parameters, got an input of uint8"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minires import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Module, Parameter, ReLU, Sequential
+from minires import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Module, Parameter, ReLU, Sequential
 
 LAYERS = [
     (lambda rng: ReLU(), (2, 5, 5, 3)),
@@ -12,6 +12,7 @@ LAYERS = [
     (lambda rng: GlobalAvgPool2d(), (2, 5, 5, 3)),
     (lambda rng: BatchNorm2d(3), (2, 5, 5, 3)),
     (lambda rng: BatchNorm2d(3, relu=True), (2, 5, 5, 3)),
+    (lambda rng: Bias2d(3, relu=True), (2, 5, 5, 3)),
     (lambda rng: Conv2d(3, 4, 3, padding=1, rng=rng), (2, 5, 5, 3)),
     (lambda rng: Sequential(Conv2d(3, 4, 3, rng=rng), ReLU()), (2, 5, 5, 3)),
 ]

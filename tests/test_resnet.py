@@ -45,6 +45,21 @@ def test_plain_network_gradients_agree_with_finite_differences(rng):
     check_gradients(ResNet((1, 1), (4, 6), shortcut=False), rng.standard_normal((3, 8, 8, 3)))
 
 
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_network_without_batch_norm_gradients_agree_with_finite_differences(rng, shortcut):
+    model = ResNet((2, 1), (4, 6), shortcut=shortcut, batch_norm=False)
+    check_gradients(model, rng.standard_normal((3, 8, 8, 3)))
+    assert [name for name in model.state_dict() if name.startswith("bn1")] == ["bn1.bias"]
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_network_is_built_from_its_state_with_and_without_batch_norm(rng, batch_norm):
+    model = ResNet((2, 1), (4, 6), batch_norm=batch_norm).eval()
+    again = ResNet.from_state_dict(model.state_dict()).eval()
+    x = rng.standard_normal((2, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_array_equal(again(x), model(x))
+
+
 def test_the_gradient_of_the_images_can_be_left_out(rng):
     x = rng.standard_normal((2, 8, 8, 3)).astype(np.float32)
     dout = rng.standard_normal((2, 10)).astype(np.float32)

@@ -1,0 +1,177 @@
+"""What is each ingredient worth? Train the network with and without it, several times, and put the results in a table.
+
+    python examples/ablation.py --seeds 1 --data sample --epochs 2 --batch-size 50        a smoke test
+    python examples/ablation.py --study report                                            the whole study, for a GPU
+    python examples/ablation.py --study fast --variants fast "no cutout" --seeds 5        a part of another
+
+All other options go to train_cifar.py as they are. Each run has a folder of its own, OUT/VARIANT/seed-N. A run that is
+there is not made again: the study can be stopped at any time and goes on with the same command, and with more seeds or
+variants it takes over what it has. OUT/table.md and, with matplotlib, OUT/ablation.png are made anew after each run.
+
+Compare variants by their validation accuracy; the test accuracy is what to report for the one that was chosen.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+from train_cifar import at_least
+
+from minires import plots
+
+TRAIN = pathlib.Path(__file__).parent / "train_cifar.py"
+SGD = ["--optimizer", "sgd", "--lr", "0.1", "--weight-decay", "5e-4"]  # the rate and decay of He et al. 2016 and after
+STUDIES = {
+    "report": {  # the story of the report's method section, one step away from its network and its recipe
+        "report": [],
+        "blocks 1 1 1 1": ["--blocks", "1", "1", "1", "1"],
+        "plain, without sums": ["--no-shortcut"],
+        "no BatchNorm": ["--no-batch-norm"],
+        "no dropout": ["--dropout", "0"],
+        "no augmentation": ["--no-augment"],
+        "crop only": ["--flip", "none"],
+        "flip only": ["--crop", "0"],
+        "cosine schedule": ["--schedule", "cosine"],
+        "SGD": SGD,
+        "SGD, cosine": [*SGD, "--schedule", "cosine"],
+    },
+    "fast": {  # the fast recipe without each of its ingredients; a fifth of the training images is kept for validation
+        "fast": ["--recipe", "fast"],
+        "Adam at 0.001": ["--recipe", "fast", "--optimizer", "adam", "--lr", "1e-3", "--weight-decay", "0"],
+        "momentum without Nesterov": ["--recipe", "fast", "--no-nesterov"],
+        "one-cycle schedule": ["--recipe", "fast", "--schedule", "one-cycle"],
+        "constant rate": ["--recipe", "fast", "--schedule", "constant"],
+        "no weight decay": ["--recipe", "fast", "--weight-decay", "0"],
+        "decay on vectors": ["--recipe", "fast", "--decay-vectors"],
+        "no label smoothing": ["--recipe", "fast", "--label-smoothing", "0"],
+        "no cutout": ["--recipe", "fast", "--cutout", "0"],
+        "random flip": ["--recipe", "fast", "--flip", "random"],
+        "TrivialAugment": ["--recipe", "fast", "--trivial-augment"],
+        "no average": ["--recipe", "fast", "--ema", "0"],
+        "dropout 0.5": ["--recipe", "fast", "--dropout", "0.5"],
+    },
+}
+COLUMNS = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss", "seconds")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description="Train variants of a recipe and compare them; unknown options go to train_cifar.py.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--study", choices=list(STUDIES), default="report", help="default report")
+    names = "; ".join(f"{study}: {', '.join(map(repr, variants))}" for study, variants in STUDIES.items())
+    add("--variants", nargs="+", metavar="NAME", help=f"only these of the study; {names}")
+    add("--seeds", type=at_least(1), default=3, metavar="N", help="runs of each variant, with seeds from 0; default 3")
+    add("--out", type=pathlib.Path, metavar="DIR", help="the folder of the study, default runs/ablation-STUDY")
+    args, args.shared = parser.parse_known_args()
+    unknown = [name for name in args.variants or [] if name not in STUDIES[args.study]]
+    if unknown:
+        parser.error(
+            f"--variants: {unknown[0]!r} is not in the study {args.study}, which has " + "; ".join(STUDIES[args.study])
+        )
+    args.out = args.out or pathlib.Path("runs", f"ablation-{args.study}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    variants = {name: STUDIES[args.study][name] for name in args.variants or STUDIES[args.study]}
+    runs = [(name, seed) for seed in range(args.seeds) for name in variants]  # once all of them, then all again
+    for i, (name, seed) in enumerate(runs, start=1):
+        folder = folder_of(args.out, name) / f"seed-{seed}"
+        options = [*variants[name], "--no-full-train", *args.shared, "--seed", str(seed)]
+        if not is_made(folder, options):
+            print(f"run {i} of {len(runs)}: {name}, seed {seed}", flush=True)
+            code = train(folder, options)
+            if code == 1:  # a loss that is not finite says something about the variant: the others go on
+                print(f"{name}, seed {seed}, did not end well, and is left out of the table", file=sys.stderr)
+            elif code:
+                return code
+        write_table(args, variants)
+    print((args.out / "table.md").read_text(), end="")
+    return 0
+
+
+def folder_of(out, variant):
+    return out / variant.replace(",", "").replace(" ", "-")
+
+
+def is_made(folder, options):
+    """Tell whether a run is complete; one that was cut off is removed, to be made again.
+
+    Raises      ValueError for a run with other options than are asked for now
+    """
+    if not folder.exists():
+        return False
+    made_with = json.loads((folder.parent / f"{folder.name}.json").read_text())
+    if made_with != options:
+        raise ValueError(
+            f"{folder} was made with the options {' '.join(made_with)}, and asked for are {' '.join(options)}: "
+            "name another --out"
+        )
+    if (folder / "result.json").exists():
+        return True
+    shutil.rmtree(folder)
+    return False
+
+
+def train(folder, options):
+    """Run train_cifar.py in a folder to be; its options are kept beside it, for `is_made`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (folder.parent / f"{folder.name}.json").write_text(json.dumps(options) + "\n")
+    return subprocess.run([sys.executable, TRAIN, *options, "--out", folder]).returncode
+
+
+def write_table(args, variants):
+    """Write the table, a row for each variant with a run, and draw the picture."""
+    rows = []
+    for name in variants:
+        files = [folder_of(args.out, name) / f"seed-{seed}" / "result.json" for seed in range(args.seeds)]
+        files = [file for file in files if file.exists()]
+        if files:
+            results = [json.loads(file.read_text()) for file in files]
+            parameters = json.loads((files[0].parent / "config.json").read_text())["parameters"]
+            rows.append((name, parameters, {column: [result[column] for result in results] for column in COLUMNS}))
+    lines = [
+        "| variant | parameters | runs | validation accuracy | validation loss | test accuracy | test loss | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, parameters, results in rows:
+        cells = [
+            spread(results["validation_accuracy"], 100, " %"),
+            spread(results["validation_loss"], 1, "", digits=4),
+            spread(results["test_accuracy"], 100, " %"),
+            spread(results["test_loss"], 1, "", digits=4),
+            f"{np.mean(results['seconds']):.0f}",
+        ]
+        lines.append(f"| {name} | {parameters:,} | {len(results['seconds'])} | " + " | ".join(cells) + " |")
+    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    try:
+        accuracies = {name: [100 * value for value in results["validation_accuracy"]] for name, _, results in rows}
+        plots.plot_runs(accuracies, "validation accuracy, %", args.out / "ablation.png")
+    except ImportError as error:
+        if getattr(error, "name", None) != "matplotlib":
+            print(f"no picture {args.out / 'ablation.png'}: {error}", file=sys.stderr)
+
+
+def spread(values, scale, unit, digits=2):
+    """Write the mean of some runs and, of more than one, their standard deviation."""
+    values = scale * np.array(values)
+    text = f"{values.mean():.{digits}f}"
+    return (text if len(values) == 1 else f"{text} ± {values.std(ddof=1):.{digits}f}") + unit
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
