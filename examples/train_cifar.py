@@ -100,7 +100,7 @@ def main():
 
     # Data: one split, images as bytes on the device
     device = choose_device(args.device)
-    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data)
+    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data, or_download=True)
     train_index, validation_index = cifar10.split(len(data.train_images), seed=args.seed)
     train_images = to_device(data.train_images[train_index], device)
     train_labels = to_device(data.train_labels[train_index], device)
@@ -337,7 +337,7 @@ if __name__ == "__main__":
     except (GPUError, cifar10.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, cifar10.DownloadError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before the loop, or a second one
