@@ -99,12 +99,13 @@ def download(folder, **options):
     Raises      DataError for a folder that cannot be used or an archive with anything wrong in it; DownloadError
     """
     folder = pathlib.Path(folder)
+    place, wanted = _place_and_wanted(folder)
+    if not wanted:
+        return place
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / ".minires.lock"):
-            flat = folder.name == FOLDER or any(_exists(folder / name) for name in SHA256)
-            place = find(folder) or (folder if flat else folder / FOLDER)
-            wanted = [name for name in SHA256 if _read(place / name, RECORDS, SHA256[name])[1]]
+            place, wanted = _place_and_wanted(folder)  # again, for the process that had the lock may have brought them
             if wanted:
                 _bring(wanted, place, folder, options)
         return place
@@ -119,6 +120,13 @@ def download(folder, **options):
             f"{error.filename or folder}: {error.strerror or error}; CIFAR-10 needs a folder that can be read and "
             f"written, with {SPACE / 1e6:.0f} MB free; for another one: python -m minires.cifar10 download DIR"
         ) from error
+
+
+def _place_and_wanted(folder):
+    """Return where the files belong, in the folder or a level further down, and the names of those not right there."""
+    flat = folder.name == FOLDER or any(_exists(folder / name) for name in SHA256)
+    place = find(folder) or (folder if flat else folder / FOLDER)
+    return place, [name for name in SHA256 if _read(place / name, RECORDS, SHA256[name])[1]]
 
 
 def _read(path, count, sha256):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ import pytest
 import small_cifar10 as small
 from small_cifar10 import Server, good, part_of_it, status
 
+import minires.download
 from minires import cifar10, cifar10_files
 from minires.cifar10 import DataError, DownloadError
 from minires.cifar10_files import download, verify
@@ -407,6 +409,13 @@ def test_a_folder_that_may_not_be_written(monkeypatch):
                 download(place)
 
 
+def test_a_complete_folder_need_not_be_written():
+    with folder_of_root() as (folder, drop_rights):
+        put(folder).chmod(0o555)
+        drop_rights()
+        assert download(folder) == folder
+
+
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DataError, match=f"^{tmp_path / 'file'}: File exists; CIFAR-10 needs a folder"):
@@ -450,12 +459,64 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch, writt
     assert content_of(tmp_path) == before
 
 
-# Several processes
+def test_a_disk_that_is_full_for_the_archive(tmp_path, monkeypatch):
+    def full(path, mode="r"):
+        if "w" in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(minires.download, "open", full, raising=False)
+    with (
+        served(monkeypatch, good),
+        pytest.raises(DownloadError, match=r"\.gz\.part: No space left on device; CIFAR-10"),
+    ):
+        download(tmp_path, **QUICK)
+
+
+# Several processes, and killed ones
+
+
+def test_a_process_killed_at_any_step_leaves_nothing_wrong(tmp_path, monkeypatch):
+    """Killed for good, by os._exit in a child process, at each file opened for writing, flushed or moved."""
+    steps = 0
+
+    def killed_at(step, function):
+        def counting(*args):
+            nonlocal steps
+            steps += function is not open or "w" in args[1]
+            if steps == step:
+                os._exit(9)
+            return function(*args)
+
+        return counting
+
+    for step in itertools.count(1):
+        folder = put(tmp_path / str(step), {BINARY: PACKED[BINARY]})
+        if not (child := os.fork()):
+            monkeypatch.setattr(cifar10_files, "open", killed_at(step, open), raising=False)
+            for name in ("fsync", "replace"):
+                monkeypatch.setattr(os, name, killed_at(step, getattr(os, name)))
+            try:
+                download(folder)
+            finally:
+                os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        place = folder / "cifar-10-batches-bin"
+        if cifar10_files.find(folder):
+            verify(folder)
+        for name in FILES:
+            assert not (place / name).exists() or (place / name).read_bytes() == FILES[name]
+        assert content_of(download(folder)) == FILES
+        if code == 0:
+            break
+    assert step == 19  # six files opened, six flushed, six moved, and a run that nothing stopped
+
 
 DOWNLOAD = """
 import pathlib, sys
 sys.path.insert(0, {tests!r})
 import small_cifar10 as small
+import minires.download
 from minires import cifar10, cifar10_files
 files = small.batches()
 for name, value in small.constants(files, small.archives(files)).items():
