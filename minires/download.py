@@ -117,7 +117,9 @@ def _transfer(source, part, timeout, slowest, announce):
         if announce:
             rest = f", the rest after {have / 1e6:.1f} MB" if have else ""
             say(f"downloading {source.name}, {source.size / 1e6:.1f} MB, from {_host(source.url)}{rest}")
-        bar = tqdm(total=source.size, initial=have, unit="B", unit_scale=True, leave=False, disable=None)
+        bar = tqdm(
+            total=source.size, initial=have, unit="B", unit_scale=True, leave=False, disable=None, dynamic_ncols=True
+        )
         with open(part, "ab" if have else "wb") as file, bar:
             since, since_when = 0, time.monotonic()
             while block := _read(response, timeout):

