@@ -27,7 +27,7 @@ def main():
 
     device = choose_device(args.device)
     model, _ = load_model(args.checkpoint)
-    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data)
+    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data, or_download=True)
     images, labels = (data.test_images, data.test_labels) if args.part == "test" else data[:2]
 
     logits = predict_logits(model.to(device), images, cifar10.MEAN, cifar10.STD, tta=args.tta)
@@ -50,3 +50,6 @@ if __name__ == "__main__":
     except (GPUError, cifar10.DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except cifar10.DownloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -218,7 +218,7 @@ def main():
         raise ValueError(f"--precision {args.precision} needs a GPU; on the CPU it is float32")
     gpu.set_precision("float32" if args.precision == "float32" else "tf32")
     dtype, loss_scale = PRECISIONS[args.precision], LOSS_SCALE if args.precision == "fp16" else 1.0
-    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data)
+    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data, or_download=True)
     train_index, validation_index = cifar10.split(len(data.train_images), seed=args.seed)
     if args.full_train:
         train_index, validation_index = np.arange(len(data.train_images)), np.arange(0)
@@ -512,7 +512,7 @@ if __name__ == "__main__":
     except (GPUError, cifar10.DataError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, cifar10.DownloadError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before the loop, or a second one

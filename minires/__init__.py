@@ -11,7 +11,7 @@ from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle,
 from minires.resnet import BasicBlock, ResNet
 from minires.summary import summary
 from minires.gradcheck import check_gradients
-from minires import cifar10, augment, evaluate, checkpoint
+from minires import augment, evaluate, checkpoint
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -46,3 +46,12 @@ __all__ = [  # noqa: RUF022
     "evaluate",
     "checkpoint",
 ]
+
+
+def __getattr__(name):
+    """Import cifar10 when it is first asked for: python -m minires.cifar10 must not find itself already there."""
+    if name == "cifar10":
+        import importlib
+
+        return importlib.import_module("minires.cifar10")
+    raise AttributeError(f"module 'minires' has no attribute {name!r}")

@@ -3,30 +3,30 @@
 A file is a row of records of 3,073 bytes: the label, then the 1,024 red, 1,024 green and 1,024 blue values of the
 image, row by row from the top left. A small sample of the same images comes with the package.
 
+    python -m minires.cifar10 download [DIR]     bring the files into DIR, by default ~/.cache/minires
+    python -m minires.cifar10 verify [DIR]       tell whether the files there are right, byte for byte
+
 Source      Krizhevsky 2009, "Learning multiple layers of features from tiny images"; the format is described at
             https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+import argparse
 import os
 import pathlib
+import sys
 from typing import NamedTuple
 
 import numpy as np
 
+from minires.archives import DataError
+from minires.cifar10_files import RECORDS, SHA256, TEST_FILES, TRAIN_FILES, download, find, read_records, verify
+from minires.download import DownloadError
+
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-TEST_FILES = ("test_batch.bin",)
-FOLDER = "cifar-10-batches-bin"  # what the official archive unpacks to
-RECORDS = 10_000  # in each official file
-RECORD_BYTES = 1 + 3 * 32 * 32
 
 # statistics(load(directory).train_images), the channels' means and standard deviations of the 50,000 training images
 MEAN = (0.49139968, 0.48215841, 0.44653091)
 STD = (0.24703223, 0.24348513, 0.26158784)
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the file, what was found and what was expected."""
 
 
 class Dataset(NamedTuple):
@@ -38,24 +38,26 @@ class Dataset(NamedTuple):
     test_labels: np.ndarray
 
 
-def load(directory=None):
-    """Read the whole of CIFAR-10 from the six official binary files.
+def load(directory=None, or_download=False):
+    """Read the whole of CIFAR-10 from the six official binary files, and make sure that they are those, byte for byte.
 
     Args        directory: the folder with the files, or the one in which the official archive was unpacked; None for
                 the default, $MINIRES_DATA or else ~/.cache/minires
+                or_download: download the files where the default folder has none
     Returns     a Dataset
-    Raises      DataError for a file that is missing, cannot be read, has the wrong size or a label above 9
+    Raises      DataError for a file that is missing, cannot be read, or has the wrong size, a label above 9 or another
+                SHA-256 than the official one; DownloadError
     """
     folder = pathlib.Path(directory or default_directory())
-    places = [folder, folder / FOLDER]
-    found = next((place for place in places if (place / TEST_FILES[0]).exists()), None)
-    if not directory and not found:
-        raise DataError(
-            f"no CIFAR-10 in {folder}. Three ways out: unpack cifar-10-binary.tar.gz from "
-            "https://www.cs.toronto.edu/~kriz/cifar.html there, name the folder that has it by --data DIR (or "
-            "MINIRES_DATA), or try the built-in sample by --data sample"
-        )
-    return _read_files(found or folder, TRAIN_FILES, RECORDS, TEST_FILES, RECORDS)
+    place = find(folder)
+    if not directory and not place:
+        if not or_download:
+            raise DataError(
+                f"no CIFAR-10 in {folder}. Three ways out: python -m minires.cifar10 download brings it there, --data "
+                "DIR (or MINIRES_DATA) names the folder that has it, and --data sample takes the built-in sample"
+            )
+        place = download(folder)
+    return _read_files(place or folder, TRAIN_FILES, RECORDS, TEST_FILES, RECORDS, SHA256)
 
 
 def load_sample():
@@ -63,7 +65,7 @@ def load_sample():
 
     Returns     a Dataset of 1,000 and 500 images, in the order of the official files
     """
-    return _read_files(pathlib.Path(__file__).parent / "sample", TRAIN_FILES[:1], 1_000, TEST_FILES, 500)
+    return _read_files(pathlib.Path(__file__).parent / "sample", TRAIN_FILES[:1], 1_000, TEST_FILES, 500, {})
 
 
 def default_directory():
@@ -100,28 +102,41 @@ def split(count, fraction=0.2, seed=0):
     return order[validation:], order[:validation]
 
 
-def _read_files(directory, train_files, train_records, test_files, test_records):
-    train = [_read(directory / name, train_records) for name in train_files]
-    test = [_read(directory / name, test_records) for name in test_files]
+def _read_files(directory, train_files, train_records, test_files, test_records, sha256):
+    train = [_read(directory / name, train_records, sha256.get(name)) for name in train_files]
+    test = [_read(directory / name, test_records, sha256.get(name)) for name in test_files]
     return Dataset(*map(np.concatenate, zip(*train, strict=True)), *map(np.concatenate, zip(*test, strict=True)))
 
 
-def _read(path, count):
+def _read(path, count, sha256):
     """Read one file of `count` records into images (count, 32, 32, 3) uint8 and labels (count,) int64."""
-    try:
-        data = np.frombuffer(path.read_bytes(), np.uint8)
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; expected the six official binary files of CIFAR-10 there") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if data.size != count * RECORD_BYTES:
-        raise DataError(
-            f"{path} has {data.size:,} bytes, expected {count * RECORD_BYTES:,} ({count:,} records of {RECORD_BYTES:,})"
-        )
-    records = data.reshape(count, RECORD_BYTES)
-    labels = records[:, 0].astype(np.int64)
-    wrong = np.flatnonzero(labels >= len(CLASSES))
-    if wrong.size:
-        raise DataError(f"{path}: record {wrong[0]} (the first is 0) has label {labels[wrong[0]]}, expected 0 to 9")
+    records = read_records(path, count, sha256)
     planes = records[:, 1:].reshape(count, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int64)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m minires.cifar10", description="Download CIFAR-10, or verify it.", allow_abbrev=False
+    )
+    parser.add_argument("command", choices=["download", "verify"])
+    parser.add_argument("directory", nargs="?", metavar="DIR", help="default $MINIRES_DATA or ~/.cache/minires")
+    parser.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
+    args = parser.parse_args(arguments)
+    command = {"download": download, "verify": verify}[args.command]
+    try:
+        place = command(args.directory or default_directory())
+        print(f"{place}: the six files are right, byte for byte")
+        return 0
+    except (DataError, DownloadError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, DataError) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with what has arrived", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import warnings
 
 import numpy as np
 import pytest
+from small_cifar10 import Server, status
 
 from minires import SGD, Adam, ResNet, SoftmaxCrossEntropy, backend, cifar10, kernels, one_cycle, triangular
 from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip
@@ -274,13 +275,18 @@ def test_mistakes_end_with_one_line_and_exit_code_2(args, message):
     assert "Traceback" not in err
 
 
-def test_without_data_the_three_ways_out_are_named(tmp_path):
-    code, _, err = run("train_cifar.py", env={**os.environ, "MINIRES_DATA": str(tmp_path)})
-    assert code == 2
-    assert err.startswith(f"error: no CIFAR-10 in {tmp_path}. Three ways out: unpack cifar-10-binary.tar.gz")
-    assert "--data DIR" in err
-    assert "--data sample" in err
-    assert len(err.splitlines()) == 1
+@pytest.mark.parametrize("script", ["train_cifar.py", "evaluate.py"])
+def test_where_there_are_no_data_and_no_network_the_ways_out_are_named(tmp_path, checkpoint, script):
+    args = [checkpoint] if script == "evaluate.py" else ["--device", "cpu"]
+    name = "cifar-10-python.tar.gz"
+    with Server({name: b""}, [status(404)]) as server:
+        own = {"MINIRES_DATA": str(tmp_path), "MINIRES_CIFAR10_URL": f"{server.url}/{name}", "no_proxy": "*"}
+        code, out, err = run(script, *args, env={**os.environ, **own})
+    assert (code, out) == (1, "")
+    announced, error = err.splitlines()
+    assert announced == f"CIFAR-10 is not in {tmp_path}: downloading it"
+    assert error.startswith("error: CIFAR-10 could not be downloaded (127.0.0.1: HTTP 404 Not Found). By hand: get ")
+    assert error.endswith(f"python -m minires.cifar10 download {tmp_path}")
 
 
 def test_asking_for_a_gpu_that_is_not_there_names_the_cause(tmp_path):

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import minires
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,6 +22,14 @@ def test_importing_does_nothing_visible_and_loads_numpy_alone(tmp_path):
     assert run.stdout == "['minires']\n"
     assert run.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_data_set_is_imported_when_first_asked_for():
+    code = "import sys, minires; before = 'minires.cifar10' in sys.modules; print(before, len(minires.cifar10.CLASSES))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False 10\n"
+    with pytest.raises(AttributeError, match="module 'minires' has no attribute 'cifar100'"):
+        _ = minires.cifar100
 
 
 def test_every_public_name_exists_and_is_documented():

