@@ -11,7 +11,7 @@ from minires.optim import SGD, Adam, constant, cosine, one_cycle
 from minires.resnet import BasicBlock, ResNet
 from minires.summary import summary
 from minires.gradcheck import check_gradients
-from minires import cifar10, augment, evaluate, checkpoint
+from minires import cifar10, augment, evaluate, checkpoint, finite
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -42,4 +42,5 @@ __all__ = [  # noqa: RUF022
     "augment",
     "evaluate",
     "checkpoint",
+    "finite",
 ]
