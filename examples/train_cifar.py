@@ -552,10 +552,8 @@ def explain(error):
         return 1, str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return 1, (
-            f"{where}{error.strerror or error}; what was there before is unharmed; a run that had begun goes on with "
-            "--resume RUN_FOLDER, once there is a way to write"
-        )
+        line = f"{where}{error.strerror or error}; what was there before is unharmed"
+        return 1, f"{line}. Once the cause is mended, a run that had begun goes on with --resume RUN_FOLDER"
     if isinstance(error, MemoryError):
         return 1, f"out of memory ({error}): try a smaller --batch-size; a run that had begun is in its last checkpoint"
     return 1, f"{type(error).__name__}: {error} (--debug shows the place)"

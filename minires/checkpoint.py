@@ -180,13 +180,17 @@ def load_checkpoint(folder):
     for path in (newest, previous):
         try:
             state, metadata = _read(path)
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path} has format {metadata.get('format')}, this minires reads {FORMAT}")
+            if "format" not in metadata:
+                raise CheckpointError(f"{path} is no checkpoint of a run, or a damaged one: it has no metadata")
         except CheckpointError as error:
             if isinstance(error.__cause__, PermissionError):  # nothing says that this one is damaged
                 raise
             problems.append(str(error))
             continue
+        if metadata["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {metadata['format']}, this minires reads {FORMAT}: use the other one"
+            )
         if problems:
             kept = ""
             if newest.exists():
@@ -219,7 +223,10 @@ def _pack(arrays, metadata):
     import safetensors.numpy
 
     text = json.dumps(metadata)
-    return safetensors.numpy.save(arrays, {"minires": text, "sha256": _checksum(arrays, text)})
+    content = safetensors.numpy.save(arrays, {"minires": text, "sha256": _checksum(arrays, text)})
+    if int.from_bytes(content[:8], "little") > HEADER_LIMIT:  # `_read` would refuse it
+        raise ValueError(f"the header of a file can have {HEADER_LIMIT:,} bytes, got metadata of {len(text):,}")
+    return content
 
 
 def _read(path):
@@ -248,7 +255,9 @@ def _read(path):
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except TypeError as error:  # NumPy has no bfloat16
         raise CheckpointError(f"{path} holds numbers that NumPy cannot read ({error}): save it in float32") from error
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (safetensors.SafetensorError, ValueError) as error:  # ValueError: a shape that no memory could hold
         raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
 

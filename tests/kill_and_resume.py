@@ -3,11 +3,12 @@
     python tests/kill_and_resume.py                          100 kills by each of SIGKILL, SIGTERM and SIGINT
     python tests/kill_and_resume.py --signals KILL --kills 10
 
-Each trial is a run of 15 steps on the sample, as people start it. Checkpoints are written after each step, or now and
-then, or only when a run ends, and the moment is drawn evenly from the time that such a run takes, but for the start of
-Python. A third of the trials are hit a second time, after they have been resumed. At the end the weights, the
-optimizer's state, the best weights, the position, the log and the result have to be the same, bit by bit, but for the
-seconds. Not part of the test suite: it takes a quarter of an hour on two cores.
+Each trial is a run of 15 steps on the sample, as people start it, but without pictures. Checkpoints are written after
+each step, or now and then, or only when a run ends. The moment is drawn evenly from the processor time that such a run
+takes from its first line on (the time on the clock depends on what else the machine does). A third of the trials are
+hit a second time, after they have been resumed. At the end the weights, the optimizer's state, the best weights, the
+position, the log and the result have to be the same, bit by bit, but for the seconds. Not part of the test suite: it
+takes a quarter of an hour on two cores. Linux only, for it reads /proc.
 """
 
 import argparse
@@ -32,7 +33,6 @@ SCRIPT = str(ROOT / "examples" / "train_cifar.py")
 FLAGS = ["--data", "sample", "--epochs", "3", "--batch-size", "4", "--limit-batches", "5", "--device", "cpu"]
 SMALLER = ["--blocks", "1", "1", "1", "1", "--schedule", "one-cycle"]
 CHECKPOINT_EVERY = ["0", "0", "0.005", "10"]  # minutes
-ENVIRONMENT = {**os.environ, "MINIRES_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def main():
@@ -45,26 +45,34 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
+        (folder / "hidden").mkdir()
+        (folder / "hidden" / "matplotlib.py").write_text('raise ImportError("hidden", name="matplotlib")')
         expected, times = None, {}
         for every in set(CHECKPOINT_EVERY):
             whole = folder / f"never killed, {every}"
-            started = time.monotonic()
-            process = start("--out", str(whole), "--checkpoint-every", every)
+            before = os.times()
+            process = start(folder, "--out", str(whole), "--checkpoint-every", every)
             process.stdout.readline()  # printed when the run folder is there
-            first = time.monotonic() - started
+            first = processor_seconds(process.pid)
             code, _, err = finish(process)
             assert code == 0, err
-            times[every] = first, time.monotonic() - started
+            after = os.times()
+            last = after.children_user + after.children_system - before.children_user - before.children_system
+            times[every] = first, last
             expected = expected or content(whole)
             assert content(whole) == expected, "two runs that nobody has killed differ"
-            print(f"checkpoints every {every} minutes: begins after {first:.1f} s, ends after {times[every][1]:.1f} s")
+            print(f"checkpoints every {every} minutes: {first:.1f} to {last:.1f} s of processor time", flush=True)
         print(f"{len(expected)} arrays and texts are compared", flush=True)
         wrong = 0
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for name in args.signals:
                 number = getattr(signal, f"SIG{name}")
                 trials = [(folder / f"{name}-{i}", number, i, times) for i in range(args.kills)]
-                results = list(pool.map(lambda trial: one_trial(*trial, expected), trials))
+                results = []
+                for result in pool.map(lambda trial: one_trial(*trial, expected), trials):
+                    results.append(result)
+                    print(f"\r{name}: {len(results)} of {args.kills}", end="", file=sys.stderr, flush=True)
+                print(file=sys.stderr)
                 different = [problem for problem, _, _ in results if problem]
                 codes = collections.Counter(code for _, codes, _ in results for code in codes)
                 steps = collections.Counter(step for _, _, steps in results for step in steps)
@@ -85,10 +93,12 @@ def one_trial(folder, number, seed, times, expected):
     rng = random.Random(f"{number} {seed}")
     codes, steps = [], []
     every = rng.choice(CHECKPOINT_EVERY)
-    process = start("--out", str(folder), "--checkpoint-every", every)
+    process = start(folder.parent, "--out", str(folder), "--checkpoint-every", every)
     for hits in range(1 + (rng.random() < 1 / 3), -1, -1):
         if hits:
-            time.sleep(rng.uniform(*times[every]))
+            moment = rng.uniform(*times[every])
+            while process.poll() is None and processor_seconds(process.pid) < moment:
+                time.sleep(rng.uniform(0, 0.02))
             process.send_signal(number)
         code, out, err = finish(process)
         steps += [int(line.split()[4]) for line in out.splitlines() if line.startswith("going on after step")]
@@ -114,16 +124,25 @@ def one_trial(folder, number, seed, times, expected):
     return None, codes, steps
 
 
-def start(*args):
-    command = [sys.executable, SCRIPT, *FLAGS, *SMALLER, *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+def start(folder, *args):
+    flags = [] if "--resume" in args else [*FLAGS, *SMALLER]
+    environment = {**os.environ, "MINIRES_NUM_THREADS": "1", "PYTHONPATH": f"{folder / 'hidden'}:{ROOT}"}
+    command = [sys.executable, SCRIPT, *flags, *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def resume(folder, every):
     if not (folder / "config.json").exists():  # it had not begun
-        return start("--out", str(folder), "--checkpoint-every", every)
-    command = [sys.executable, SCRIPT, "--resume", str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        return start(folder.parent, "--out", str(folder), "--checkpoint-every", every)
+    return start(folder.parent, "--resume", str(folder))
+
+
+def processor_seconds(pid):
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return float("inf")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in user and in system mode
 
 
 def finish(process):

@@ -202,10 +202,9 @@ def test_two_damaged_checkpoints_are_not_taken_for_a_run_that_has_none(begin, go
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(begin, go_on, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_cifar, "evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    assert begin() == 143
-    monkeypatch.undo()
-    monkeypatch.setattr(train_cifar.minires, "ResNet", SmallResNet)
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 2)
+        assert begin() == 130
     (tmp_path / "run" / CHECKPOINT).unlink()
     (tmp_path / "run" / "log.csv.minires-part").write_text("half")
     assert go_on() == 0
@@ -384,8 +383,8 @@ def start(*args):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_that_is_printed_goes_on_with_the_run(tmp_path, number, code):
-    flags = ["--data", "sample", "--epochs", 1, "--batch-size", 10, "--limit-batches", 12, "--device", "cpu"]
-    process = start(*flags, "--out", tmp_path / "my run")
+    flags = "--data sample --epochs 1 --batch-size 4 --limit-batches 20 --blocks 1 1 1 1 --device cpu"
+    process = start(*flags.split(), "--out", tmp_path / "my run")
     process.stdout.readline()  # printed when the run begins
     time.sleep(1)
     process.send_signal(number)
@@ -400,8 +399,8 @@ def test_the_command_that_is_printed_goes_on_with_the_run(tmp_path, number, code
 
 
 def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
-    flags = ["--data", "sample", "--batch-size", 200, "--device", "cpu", "--checkpoint-every", 0]
-    process = start(*flags, "--out", tmp_path / "run")
+    flags = "--data sample --batch-size 60 --blocks 1 1 1 1 --device cpu --checkpoint-every 0"
+    process = start(*flags.split(), "--out", tmp_path / "run")
     while process.poll() is None and not (tmp_path / "run" / CHECKPOINT).exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
