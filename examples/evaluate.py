@@ -22,6 +22,7 @@ def main():
     parser.add_argument("--data", metavar="sample|DIR", help="default: $MINIRES_DATA or ~/.cache/minires")
     parser.add_argument("--part", choices=["test", "train"], default="test", help="which images, default test")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--tta", action="store_true", help="the mean of the logits of each image and its mirror image")
     args = parser.parse_args()
 
     device = choose_device(args.device)
@@ -29,7 +30,7 @@ def main():
     data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data)
     images, labels = (data.test_images, data.test_labels) if args.part == "test" else data[:2]
 
-    logits = predict_logits(model.to(device), images, cifar10.MEAN, cifar10.STD)
+    logits = predict_logits(model.to(device), images, cifar10.MEAN, cifar10.STD, tta=args.tta)
     if logits.shape[1] != len(cifar10.CLASSES):
         raise CheckpointError(f"{args.checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10")
     loss = float(SoftmaxCrossEntropy().forward(logits, labels))

@@ -7,7 +7,7 @@ from minires import backend, rng, kernels  # noqa: I001  (reading order, not the
 from minires.module import Buffer, Module, Parameter, Sequential
 from minires.layers import BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU
 from minires.loss import SoftmaxCrossEntropy
-from minires.optim import SGD, Adam, constant, cosine, one_cycle
+from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle, triangular
 from minires.resnet import BasicBlock, ResNet
 from minires.summary import summary
 from minires.gradcheck import check_gradients
@@ -31,9 +31,11 @@ __all__ = [  # noqa: RUF022
     "SoftmaxCrossEntropy",
     "SGD",
     "Adam",
+    "WeightAverage",
     "constant",
     "cosine",
     "one_cycle",
+    "triangular",
     "BasicBlock",
     "ResNet",
     "summary",

@@ -3,9 +3,9 @@
     save_weights("best.safetensors", model, {"epoch": 3})               for PyTorch as well
     model, metadata = load_model("best.safetensors")
 
-    save_checkpoint(folder, training_state(model, optimizer), {"step": 500})
+    save_checkpoint(folder, training_state(model, optimizer, average), {"step": 500})
     state, metadata = load_checkpoint(folder)
-    restore_training_state(model, optimizer, state)
+    restore_training_state(model, optimizer, average, state)
 
 In PyTorch:     model.load_state_dict(safetensors.torch.load_file("best.safetensors"))
 
@@ -33,7 +33,6 @@ CHECKPOINT, PREVIOUS, DAMAGED = (f"{name}.safetensors" for name in ("checkpoint"
 PART = ".minires-part"  # the ending of a file that is being written
 FORMAT = 1  # goes up when a checkpoint's names change
 HEADER_LIMIT = 2**22  # bytes; that of a checkpoint of the default network has 25,000, and 200 for each epoch
-OPTIMIZER_ARRAYS = ("m", "v", "velocity")  # Adam has two of them, SGD with momentum the third
 
 
 class CheckpointError(ValueError):
@@ -107,26 +106,26 @@ def load_model(path):
     return model.eval(), metadata
 
 
-def training_state(model, optimizer):
+def training_state(model, optimizer, average=None):
     """Return all that changes in training, as host arrays by name.
 
-    These are the weights, the running statistics, what the optimizer keeps, and the counts of steps that the optimizer
-    and each Dropout have done; random numbers need no more than the counts.
+    These are the weights, the running statistics, what the optimizer and a WeightAverage keep, and the counts of what
+    they and each Dropout have done; random numbers need no more than the counts.
     """
     state = {f"model.{name}": array for name, array in model.state_dict().items()}
-    state |= {name: to_numpy(array) for name, array in _optimizer_arrays(model, optimizer).items()}
-    return state | {name: np.asarray(vars(owner)[count]) for name, owner, count in _counts(model, optimizer)}
+    state |= {name: to_numpy(array) for name, array in _kept_arrays(model, optimizer, average).items()}
+    return state | {name: np.asarray(vars(owner)[count]) for name, owner, count in _counts(model, optimizer, average)}
 
 
-def restore_training_state(model, optimizer, state):
-    """Put what `training_state` has returned back into a model and an optimizer that are built alike, in place.
+def restore_training_state(model, optimizer, average, state):
+    """Put what `training_state` has returned back, in place, into what is built alike.
 
     The device does not matter: a state from the CPU goes into a model on the GPU, and the other way round.
 
     Args        state: may hold other names too, which are left alone
     Raises      CheckpointError that lists what is missing or of the wrong shape
     """
-    arrays, counts = _optimizer_arrays(model, optimizer), _counts(model, optimizer)
+    arrays, counts = _kept_arrays(model, optimizer, average), _counts(model, optimizer, average)
     expected = {name: tuple(array.shape) for name, array in arrays.items()} | {name: () for name, _, _ in counts}
     errors = [f"missing {name}" for name in expected if name not in state]
     errors += [
@@ -201,21 +200,23 @@ def load_checkpoint(folder):
     raise CheckpointError(f"no checkpoint in {folder} can be used: " + "; ".join(problems))
 
 
-def _optimizer_arrays(model, optimizer):
-    """The arrays that an optimizer keeps beside the parameters: {optimizer.m.conv1.weight: array, ...}."""
+def _kept_arrays(model, optimizer, average):
+    """What is kept beside the parameters, as views: {optimizer.m.conv1.weight: array, ...}."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners = {"optimizer": optimizer} | ({"average": average} if average else {})
     return {
-        f"optimizer.{kind}.{names[id(parameter)]}": array
-        for kind in OPTIMIZER_ARRAYS
-        for parameter, array in zip(optimizer.params, getattr(optimizer, kind, ()), strict=False)
-        if array is not None
+        f"{owner}.{kind}.{names[id(parameter)]}": array
+        for owner, keeper in owners.items()
+        for kind, arrays in keeper.state().items()
+        for parameter, array in zip(optimizer.params, arrays, strict=True)
     }
 
 
-def _counts(model, optimizer):
-    """The counts of steps, from which random numbers and Adam's corrections follow: (name, owner, attribute)."""
+def _counts(model, optimizer, average):
+    """The counts from which random numbers, Adam's corrections and the average's decay follow."""
     counts = [(f"steps.{name}", part, "step") for name, part in model.named_modules() if isinstance(part, Dropout)]
-    return counts + ([("steps.optimizer", optimizer, "steps")] if hasattr(optimizer, "steps") else [])
+    counts += [("steps.optimizer", optimizer, "steps")] if hasattr(optimizer, "steps") else []
+    return counts + ([("updates.average", average, "updates")] if average else [])
 
 
 def _pack(arrays, metadata):

@@ -1,41 +1,77 @@
 """What a trained network says about images it has not seen."""
 
+import contextlib
+
 import numpy as np
 
 from minires.augment import normalize
 from minires.backend import array_module, to_device, to_numpy
+from minires.layers import BatchNorm2d
 from minires.loss import SoftmaxCrossEntropy
 
 
-def predict_logits(model, images, mean, std, batch_size=200, stop=lambda: False):
-    """Run images through a model in evaluation mode, a batch at a time; each part's mode is restored.
+def measure_statistics(model, batches):
+    """Set the running statistics of every BatchNorm to their mean over some batches of images.
 
-    Shapes      images (N, H, W, 3) uint8, on host or device  ->  logits (N, K), on the host
-    Args        stop: asked before each batch; once it says True, the rest is left undone and None is returned
+    For weights that no training step has left behind, averages of weights above all. Other layers, dropout among them,
+    are in evaluation mode meanwhile; each part's mode is restored.
+
+    Shapes      batches: several (N, H, W, C), as in training: normalised, on the model's device
+    Source      Izmailov et al. 2018, "Averaging weights leads to wider optima", section 3.2
     """
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    with evaluation_mode(model):
+        try:
+            for count, images in enumerate(batches, start=1):
+                for norm in norms:
+                    norm.training, norm.momentum = True, 1 / count  # the mean of all batches so far
+                model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum, norm._cache = momentum, None
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Put a model into evaluation mode, and each of its parts back into its own mode when the block is left."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    device = "cpu" if array_module(model.parameters()[0].data) is np else "gpu"
     try:
-        logits = []
-        for i in range(0, len(images), batch_size):
-            if stop():
-                return None
-            batch = to_device(images[i : i + batch_size], device)
-            logits.append(to_numpy(model(normalize(batch, mean, std))))
-        return np.concatenate(logits)
+        yield
     finally:
         for module, training in modes:
             module.training = training
 
 
-def evaluate(model, images, labels, mean, std, batch_size=200, stop=lambda: False):
+def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lambda: False):
+    """Run images through a model in evaluation mode, a batch at a time; each part's mode is restored.
+
+    Shapes      images (N, H, W, 3) uint8, on host or device  ->  logits (N, K), on the host
+    Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: asked
+                before each batch; once it says True, the rest is left undone and None is returned
+    """
+    device = "cpu" if array_module(model.parameters()[0].data) is np else "gpu"
+    logits = []
+    with evaluation_mode(model):
+        for start in range(0, len(images), batch_size):
+            if stop():
+                return None
+            batch = normalize(to_device(images[start : start + batch_size], device), mean, std)
+            out = model(batch)
+            if tta:
+                out = (out + model(array_module(batch).ascontiguousarray(batch[:, :, ::-1]))) / 2
+            logits.append(to_numpy(out))
+    return np.concatenate(logits)
+
+
+def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: False):
     """Return the mean loss and the accuracy over all the images, as Python floats.
 
     Shapes      images (N, H, W, 3) uint8, labels (N,) on the host
-    Args        stop: asked before each batch; once it says True, the rest is left undone and None is returned
+    Args        tta, stop: see `predict_logits`
     """
-    logits = predict_logits(model, images, mean, std, batch_size, stop)
+    logits = predict_logits(model, images, mean, std, batch_size, tta, stop)
     if logits is None:
         return None
     return float(SoftmaxCrossEntropy().forward(logits, labels)), float((logits.argmax(axis=1) == labels).mean())

@@ -25,10 +25,11 @@ import math
 
 import numpy as np
 
+from minires.backend import to_device, to_numpy
 from minires.module import Module
 
 
-def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), seed=0):
+def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), seed=0, device="cpu", dtype="float64"):
     """Check the backward of a layer, a network or a loss against central differences, in float64.
 
     For the input and for each parameter in turn, a random direction v is drawn. The backward's claim is <gradient, v>;
@@ -43,7 +44,8 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
 
     Args        layer: what has forward and backward; x: its input, of any real dtype; args: further inputs of forward,
                 passed on as they are; steps: the values of h, in units of the root mean square of the array that is
-                moved (at least 0.1); seed: for dout and the directions
+                moved (at least 0.1); seed: for dout and the directions; device: "cpu" or "gpu"; dtype: float32 checks
+                the fast kernels, with a tolerance and steps to match: 1e-2 and (1e-2, 1e-3)
     Limits      one input array and one output array; not at a point where the function has a kink, as ReLU has at 0
     Returns     {"x": relative error, name of the parameter: relative error, ...}; an error is |claim - truth| over the
                 larger of the two, or over |gradient|, the size to expect, where chance makes both small
@@ -54,36 +56,39 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
     title = type(layer).__name__
     layer = copy.deepcopy(layer)
     if isinstance(layer, Module):
-        layer.train().to(dtype=np.float64)
+        layer.train().to(device, dtype)
         for parameter in layer.parameters():
             parameter.grad[...] = 0
-    x = np.array(x, dtype=np.float64)
+    x = np.array(x, dtype=dtype)
     if not np.isfinite(x).all():
         raise ValueError("check_gradients: x holds values that are not finite")
     rng = np.random.default_rng([seed, *b"check_gradients"])  # or an x drawn from the same seed would be its own dout
 
     worker = copy.deepcopy(layer)
+    x_there = to_device(x, device)  # x itself on the CPU
     x_before = x.copy()
-    out = worker.forward(x, *args)
-    dout = rng.standard_normal(np.shape(out))
-    dout_before = np.copy(dout)
-    gradients = {"x": worker.backward(dout)}
-    assert np.array_equal(x, x_before), f"{title}: forward or backward changed x, which belongs to the caller"
-    assert np.array_equal(dout, dout_before), f"{title}: backward changed dout, which belongs to the caller"
-    assert np.shape(gradients["x"]) == x.shape, f"{title}: dx has shape {np.shape(gradients['x'])}, x has {x.shape}"
+    out = worker.forward(x_there, *args)
+    dout = np.asarray(rng.standard_normal(out.shape), dtype)
+    dout_there, dout_before = to_device(dout, device), dout.copy()
+    gradients = {"x": worker.backward(dout_there)}
+    same = [np.array_equal(to_numpy(a), b) for a, b in ((x_there, x_before), (dout_there, dout_before))]
+    assert same[0], f"{title}: forward or backward changed x, which belongs to the caller"
+    assert same[1], f"{title}: backward changed dout, which belongs to the caller"
+    assert gradients["x"].shape == x.shape, f"{title}: dx has shape {gradients['x'].shape}, x has {x.shape}"
     if isinstance(layer, Module):
         gradients |= {name: parameter.grad for name, parameter in worker.named_parameters()}
-        check_that_gradients_add_up(title, layer, worker, x, args, dout)
+        check_that_gradients_add_up(title, layer, worker, x_there, args, dout_there)
 
     errors, complaints = {}, []
     for name, gradient in gradients.items():
-        array = x if name == "x" else dict(layer.named_parameters())[name].data
-        unit = max(np.sqrt(np.mean(array**2)), 0.1)
+        array = x if name == "x" else to_numpy(dict(layer.named_parameters())[name].data)
+        gradient = np.asarray(to_numpy(gradient), np.float64)
+        unit = max(float(np.sqrt(np.mean(array**2))), 0.1)
         direction = unit * rng.standard_normal(array.shape)
         claim = np.sum(gradient * direction)
         errors[name] = math.inf
         for h in steps:
-            ends = [loss_along(layer, x, args, dout, name, by * direction) for by in (h, -h)]
+            ends = [loss_along(layer, x, args, dout, name, by * direction, device) for by in (h, -h)]
             truth = (ends[0] - ends[1]) / (2 * h)
             scale = max(abs(claim), abs(truth), unit * np.linalg.norm(gradient)) or 1.0
             errors[name] = min(errors[name], float(abs(claim - truth) / scale))
@@ -110,16 +115,16 @@ def check_that_gradients_add_up(title, layer, worker, x, args, dout):
     second.forward(x, *args)
     second.backward(dout)
     for (name, once), twice in pairs:
-        assert np.allclose(twice.grad, 2 * once.grad, rtol=1e-6), (
+        assert np.allclose(to_numpy(twice.grad), 2 * to_numpy(once.grad), rtol=1e-6), (
             f"{title}: backward sets the gradient of {name}; it should add to it"
         )
 
 
-def loss_along(layer, x, args, dout, name, change):
+def loss_along(layer, x, args, dout, name, change, device):
     """Return <dout, forward(x)> with the change added to x, or to the parameter of that name."""
-    layer = copy.deepcopy(layer)
+    layer, change = copy.deepcopy(layer), np.asarray(change, x.dtype)
     if name == "x":
         x = x + change
     else:
-        dict(layer.named_parameters())[name].data += change
-    return np.sum(dout * layer.forward(x, *args))
+        dict(layer.named_parameters())[name].data += to_device(change, device)
+    return np.sum(dout * to_numpy(layer.forward(to_device(x, device), *args)), dtype=np.float64)

@@ -166,15 +166,14 @@ class BatchNorm2d(Module):
         if M < 2:
             raise ValueError(f"BatchNorm2d needs more than one value in a channel to train, got x of shape {x.shape}")
         out, mean, var = kernels.batch_norm_forward(x, self.weight.data, self.bias.data, self.eps, residual, self.relu)
-        for running, batch in ((self.running_mean, mean), (self.running_var, var * (M / (M - 1)))):
-            running.data = running.data * (1 - self.momentum) + batch * self.momentum
+        kernels.update_running_statistics(self.running_mean.data, self.running_var.data, mean, var, self.momentum, M)
         self._keep(x, out if self.relu else None, mean, var, residual is not None)
         return out
 
     def backward(self, dout):
         x, out, mean, var, has_residual = self._take_cache()
         dx, dweight, dbias, dresidual = kernels_for(dout).batch_norm_backward(
-            dout, x, out, self.weight.data, mean, var, self.eps, self.relu
+            dout, x, out, self.weight.data, mean, var, self.eps, self.relu, has_residual
         )
         self.weight.grad += dweight
         self.bias.grad += dbias
@@ -246,8 +245,9 @@ def _check_images(layer, x, channels):
 
 
 def _check_dtype(layer, x):
-    if x.dtype != layer.weight.data.dtype:
+    dtype = layer.weight.data.dtype
+    if x.dtype != dtype and (x.dtype, dtype) not in kernels_for(x).MIXED_DTYPES:
         raise ValueError(
-            f"{type(layer).__name__} has {layer.weight.data.dtype} parameters, got an input of {x.dtype}: convert the "
-            "input, or the module by to(dtype=...)"
+            f"{type(layer).__name__} has {dtype} parameters, got an input of {x.dtype}: convert the input, or the module "
+            "by to(dtype=...); only the fast kernels of a GPU take float16 beside float32"
         )

@@ -135,7 +135,7 @@ class Module:
     def to(self, device=None, dtype=None):
         """Move every parameter and buffer, with its gradient, to "cpu" or "gpu" or into a dtype; return the module.
 
-        An optimizer keeps arrays beside the parameters': make it after the move.
+        An optimizer keeps the parameters in an array of its own: make it after the move.
         """
         for _, value in self.named_state():
             value.to(device, dtype)

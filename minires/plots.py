@@ -6,16 +6,19 @@ import math
 def plot_curves(history, path):
     """Draw loss and accuracy, training and validation, over the epochs.
 
-    Args        history: a list of dicts with epoch, train_loss, validation_loss, train_accuracy, validation_accuracy;
-                path: where the picture goes, in the format of its ending
+    Args        history: a list of dicts with epoch, train_loss, validation_loss, train_accuracy, validation_accuracy,
+                those of validation None where there was none; path: where the picture goes, in the format of its ending
     """
     figure_class = _figure_class()
     figure = figure_class(figsize=(9, 3.5), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, color in (("train", "tab:blue"), ("validation", "tab:orange")):
+            values = [row[f"{part}_{quantity}"] for row in history]
+            if None in values:
+                continue
             label = {"train": "training"}.get(part, part)
-            axes.plot(epochs, [row[f"{part}_{quantity}"] for row in history], "o-", ms=3, color=color, label=label)
+            axes.plot(epochs, values, "o-", ms=3, color=color, label=label)
         axes.set(xlabel="epoch", title=quantity)
         axes.grid(alpha=0.3)
         axes.legend()

@@ -11,6 +11,8 @@ Source      Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 
             10 rounds, its constants and its known-answer vectors (which the tests check)
 """
 
+from minires.backend import array_module
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio - 1 and sqrt(3) - 1, times 2**32
 WORD = 0xFFFFFFFF
@@ -34,14 +36,23 @@ def philox(counter, key, rounds=10):
     return c0, c1, c2, c3
 
 
-def random_words(count, key, step, stream=0, *, xp):
+def random_words(count, key, step, stream=0, *, xp, start=0):
     """Draw four random 32-bit words for each of `count` elements.
 
-    Args        key: the seed, 64 bits; step: the training step, 64 bits; stream: keeps draws for different purposes
-                under one key apart, 32 bits; xp: NumPy or CuPy
+    Args        key: the seed, 64 bits; step: the training step, or the epoch, 64 bits; stream: keeps draws for
+                different purposes under one key apart, 32 bits; xp: NumPy or CuPy; start: the number of the first
+                element, so that a part of a whole can be drawn alone
 
     Shapes      ->  (count, 4), uint32
     """
-    element = xp.arange(count, dtype=xp.uint64)
-    counter = (element, *(xp.full(count, word, dtype=xp.uint64) for word in (stream, step & WORD, step >> 32)))
+    return words_of(xp.arange(start, start + count, dtype=xp.uint64), key, step, stream)
+
+
+def words_of(elements, key, step, stream=0):
+    """Draw four random 32-bit words for each of the elements, which are given by their numbers, in any order.
+
+    Shapes      elements (N,) uint64, below 2**32  ->  (N, 4), uint32
+    """
+    xp = array_module(elements)
+    counter = (elements, *(xp.full(len(elements), word, dtype=xp.uint64) for word in (stream, step & WORD, step >> 32)))
     return xp.stack(philox(counter, key), axis=1).astype(xp.uint32)

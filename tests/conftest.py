@@ -7,6 +7,18 @@ import strict_array
 from minires import backend, cifar10
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU, with the reason, where there is none."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    try:
+        backend.gpu_library()
+    except backend.GPUError as error:
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason=str(error)))
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(12345)

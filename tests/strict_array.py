@@ -9,6 +9,7 @@ import operator
 import types
 
 import numpy as np
+from cuda_emulator import RawModule  # noqa: F401  (part of what the stand-in offers)
 
 
 class MixedArraysError(TypeError):
@@ -23,6 +24,10 @@ class StrictArray:
         raise MixedArraysError("a device array was given to NumPy")
 
     __array__ = __array_ufunc__ = __array_function__ = _refuse
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self._host.ctypes.data)
 
     def __getattr__(self, name):
         if name.startswith("__array"):  # NumPy's other ways to the memory
@@ -119,7 +124,12 @@ def asnumpy(array):
 
 
 def _wrapped(function):
-    return lambda *args, **kwargs: wrap(function(*unwrap(args), **unwrap(kwargs)))
+    def wrapped(*args, **kwargs):
+        return wrap(function(*unwrap(args), **unwrap(kwargs)))
+
+    if isinstance(function, np.ufunc):
+        wrapped.at = lambda *args: function.at(*unwrap(args))
+    return wrapped
 
 
 lib = types.SimpleNamespace(

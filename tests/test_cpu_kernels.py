@@ -255,7 +255,7 @@ def test_average_pool_equals_its_twin(rng, shape):
 @pytest.mark.parametrize("shape", [(70000,), (3, 3, 64, 64), (1,)])
 def test_updates_equal_their_twins_bit_for_bit(rng, shape):
     param, grad, m, v = (normal(rng, *shape) for _ in range(4))
-    for settings in ((0.1, 0.0, False, 0.0), (0.1, 0.9, True, 1e-4)):
+    for settings in ((0.1, 0.0, False, 0.0), (0.1, 0.9, True, 1e-4), (0.1, 0.9, True, 1e-4, 1 / 128)):
         results = []
         for s in (cpu, reference):
             arrays = param.copy(), grad, m.copy()
@@ -263,13 +263,32 @@ def test_updates_equal_their_twins_bit_for_bit(rng, shape):
             results.append(arrays)
         for a, b in zip(*results, strict=True):
             np.testing.assert_array_equal(a, b)
+    for grad_scale in (1.0, 1 / 128):
+        results = []
+        for s in (cpu, reference):
+            arrays = param.copy(), grad, m.copy(), abs(v)
+            s.adam_update(*arrays, 3, 1e-3, (0.9, 0.999), 1e-8, 1e-2, grad_scale)
+            results.append(arrays)
+        for a, b in zip(*results, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_running_average_equals_its_twin_bit_for_bit(rng):
+    average, param = normal(rng, 2, 70_000)
     results = []
     for s in (cpu, reference):
-        arrays = param.copy(), grad, m.copy(), abs(v)
-        s.adam_update(*arrays, 3, 1e-3, (0.9, 0.999), 1e-8, 1e-2)
-        results.append(arrays)
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_array_equal(a, b)
+        results.append(average.copy())
+        s.average_update(results[-1], param, 0.9)
+    np.testing.assert_array_equal(*results)
+
+
+def test_the_sum_of_squares_equals_its_twin(rng):
+    for size in (1, 5, 300_000):
+        x = normal(rng, size)
+        actual, expected = cpu.sum_of_squares(x), reference.sum_of_squares(x.astype(np.float64))
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+        np.testing.assert_allclose(reference.sum_of_squares(x), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,25 @@ def steps(optimizer_class, device):
     return [to_numpy(loss) for loss in losses], model.state_dict()
 
 
-@pytest.mark.parametrize("optimizer", [Adam, lambda p: SGD(p, 0.1, 0.9, nesterov=True, weight_decay=1e-3)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [Adam, lambda p: SGD(p, 0.1, 0.9, nesterov=True, weight_decay=1e-3, decay_vectors=False, max_norm=1.0)],
+    ids=["Adam", "SGD"],
+)
 def test_training_on_the_stand_in_gives_the_same_bits(strict_gpu, optimizer):
     losses, state = steps(optimizer, "gpu")
     expected_losses, expected = steps(optimizer, "cpu")
     np.testing.assert_array_equal(losses, expected_losses)
     for name, array in state.items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_an_optimizer_made_before_the_move_says_so(strict_gpu):
+    model = ResNet((1,), (4,))
+    optimizer = Adam(model.parameters())
+    model.to("gpu")
+    with pytest.raises(RuntimeError, match=r"make the optimizer after model\.to"):
+        optimizer.step()
 
 
 def test_the_input_gradient_too(strict_gpu, rng):

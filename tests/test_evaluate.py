@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from minires import ResNet
+from minires import ResNet, Sequential
+from minires.augment import normalize
 from minires.cifar10 import MEAN, STD, load_sample
-from minires.evaluate import confusion_matrix, evaluate, predict_logits
+from minires.evaluate import confusion_matrix, evaluate, measure_statistics, predict_logits
+from minires.layers import BatchNorm2d, Dropout
 
 
 def test_the_batch_size_does_not_matter_and_the_mode_is_restored():
@@ -28,3 +30,44 @@ def test_the_batch_size_does_not_matter_and_the_mode_is_restored():
 def test_confusion_by_hand():
     matrix = confusion_matrix(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 1]), 3)
     np.testing.assert_array_equal(matrix, [[1, 0, 1], [0, 1, 0], [0, 1, 0]])
+
+
+def test_test_time_augmentation_is_the_mean_over_an_image_and_its_mirror_image():
+    data, model = load_sample(), ResNet((1,), (4,))
+    images, labels = data.test_images[:30], data.test_labels[:30]
+    plain, mirrored = (predict_logits(model, part, MEAN, STD) for part in (images, images[:, :, ::-1]))
+    logits = predict_logits(model, images, MEAN, STD, batch_size=7, tta=True)
+    np.testing.assert_allclose(logits, (plain + mirrored) / 2, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(predict_logits(model, images[:, :, ::-1], MEAN, STD, tta=True), logits, atol=1e-5)
+    assert evaluate(model, images, labels, MEAN, STD, tta=True)[1] == (logits.argmax(axis=1) == labels).mean()
+
+
+def test_statistics_are_the_means_over_the_batches_by_hand():
+    norm, dropout = BatchNorm2d(1), Dropout(0.5)
+    model = Sequential(norm, dropout)
+    dropout.eval()
+    batches = [np.array([value, value + 2], np.float32).reshape(1, 1, 2, 1) for value in (0, 4, 11)]
+    measure_statistics(model, iter(batches))
+    np.testing.assert_allclose(norm.running_mean.data, [6.0])  # of 1, 5 and 12
+    np.testing.assert_allclose(norm.running_var.data, [2.0])  # each batch's, unbiased
+    assert norm.running_mean.data.dtype == np.float32
+    assert (norm.momentum, norm._cache) == (0.1, None)
+    assert model.training
+    assert norm.training
+    assert not dropout.training
+
+
+def test_measuring_statistics_leaves_training_as_it_was():
+    """Weights, modes and the dropout's place in its sequence of masks stay; evaluation sees the new statistics."""
+    data, model = load_sample(), ResNet((1,), (4,))
+    x = normalize(data.train_images[:20], MEAN, STD)
+    before, steps = model.state_dict(), model.dropout.step
+    measure_statistics(model, [x, x])
+    after = model.state_dict()
+    for name in before:
+        assert (before[name] == after[name]).all() == ("running" not in name), name
+    assert model.dropout.step == steps
+    assert all(module.training and module._cache is None for module in model.modules())
+    logits = predict_logits(model, data.train_images[:20], MEAN, STD)
+    model.dropout.eval()
+    np.testing.assert_allclose(logits, model(x), atol=1e-3)  # the statistics of x, but for the biased variance

@@ -11,11 +11,11 @@ import warnings
 import numpy as np
 import pytest
 
-from minires import Adam, ResNet, SoftmaxCrossEntropy, backend, cifar10, one_cycle
-from minires.augment import normalize, random_crop, random_flip
+from minires import SGD, Adam, ResNet, SoftmaxCrossEntropy, backend, cifar10, one_cycle, triangular
+from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip
 from minires.checkpoint import load_model, save_weights
 from minires.cifar10 import load_sample
-from minires.evaluate import evaluate
+from minires.evaluate import evaluate, measure_statistics
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 SMALL_RUN = ["--data", "sample", "--epochs", "2", "--batch-size", "20", "--limit-batches", "2", "--device", "cpu"]
@@ -107,13 +107,80 @@ def in_process(monkeypatch, tmp_path):
         yield train
 
 
-def test_training_on_the_stand_in_for_a_gpu(strict_gpu, in_process, capsys):
-    in_process(*SMALL_RUN, "--epochs", "1", "--device", "gpu")
+@pytest.mark.parametrize("recipe", ["report", "fast", "best"])
+def test_training_on_the_stand_in_for_a_gpu(strict_gpu, in_process, capsys, recipe):
+    in_process(*SMALL_RUN, "--recipe", recipe, "--epochs", "1", "--device", "gpu")
     assert "device gpu" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_each_recipe_from_start_to_end(recipe, tmp_path):
+    code, out, err = run("train_cifar.py", *SMALL_RUN, "--recipe", recipe, "--out", tmp_path / "run")
+    assert code == 0, err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    expected = {"recipe": recipe, "epochs": 2, "optimizer": "sgd", "tta": True, "full_train": True, "crop": 4}
+    expected |= {"trivial_augment": recipe == "best", "flip": {"fast": "alternating", "best": "random"}[recipe]}
+    assert config | expected == config
+    with open(tmp_path / "run" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["validation_loss"] for row in rows] == ["", ""]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["best_epoch"], result["validation_loss"], result["test_images"]) == (2, None, 40)
+    assert "1,000 training, 0 validation" in out
+    tta = f"{result['test_accuracy_tta']:.2%} with their mirror images"
+    assert f"test accuracy {result['test_accuracy']:.2%} on 40 images, {tta}" in out
+    model, _ = load_model(tmp_path / "run" / "best.safetensors")
+    images, labels = load_sample().test_images[:40], load_sample().test_labels[:40]
+    expected = evaluate(model, images, labels, cifar10.MEAN, cifar10.STD, tta=True)
+    assert (result["test_loss_tta"], result["test_accuracy_tta"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_option_overrides_its_recipe(tmp_path):
+    options = ["--recipe", "fast", "--no-full-train", "--no-tta", "--cutout", "0", "--lr", "0.02", "--clip", "1"]
+    code, _, err = run("train_cifar.py", *SMALL_RUN, *options, "--out", tmp_path / "run")
+    assert code == 0, err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config | {"cutout": 0, "lr": 0.02, "clip": 1.0, "tta": False, "full_train": False, "ema": 0.995} == config
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "test_accuracy_tta" not in result
+    assert result["validation_accuracy"] is not None
+
+
+def test_a_run_of_the_fast_recipe_does_what_a_loop_written_apart_from_it_does(tmp_path):
+    """The last weights of all, averaged, with statistics of their own; decay, smoothing, alternating flip, cutout."""
+    batch = ["--limit-batches", "3", "--clip", "0.5"]
+    code, _, err = run("train_cifar.py", *SMALL_RUN, "--recipe", "fast", "--seed", 3, *batch, "--out", tmp_path / "run")
+    assert code == 0, err
+
+    data, model = load_sample(), ResNet(seed=3)
+    loss_function, step = SoftmaxCrossEntropy(0.1), 0
+    optimizer = SGD(model.parameters(), 0.1, 0.9, True, weight_decay=5e-4, decay_vectors=False, max_norm=0.5)
+    model.dropout.p = 0.0
+    average = [p.data.copy() for p in model.parameters()]
+    for epoch in (1, 2):
+        order = np.random.default_rng([3, epoch]).permutation(1000)[:60]
+        images = random_crop(data.train_images[order], 3, epoch)
+        images = cutout(alternating_flip(images, order, 3, epoch), 3, epoch, size=8)
+        batches = np.split(normalize(images, cifar10.MEAN, cifar10.STD), 3)
+        for x, labels in zip(batches, np.split(data.train_labels[order], 3), strict=True):
+            optimizer.zero_grad()
+            loss_function(model(x), labels)
+            model.backward(loss_function.backward())
+            optimizer.lr = triangular(step, 6, 0.1)
+            optimizer.step()
+            step += 1
+            decay = (1 + step) / (10 + step)
+            average = [decay * a + (1 - decay) * p.data for a, p in zip(average, model.parameters(), strict=True)]
+    for p, a in zip(model.parameters(), average, strict=True):
+        p.data[...] = a
+    measure_statistics(model, batches)
+    found = load_model(tmp_path / "run" / "best.safetensors")[0].state_dict()
+    for name, expected in model.state_dict().items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 def test_a_run_does_what_a_loop_written_apart_from_it_does(tmp_path):
-    """Zeroed gradients, augmentation by step, a new order each epoch, the schedule, running statistics."""
+    """Zeroed gradients, augmentation by place, a new order each epoch, the schedule, running statistics."""
     rate = ["--schedule", "one-cycle", "--lr", "0.01"]
     code, _, err = run("train_cifar.py", *SMALL_RUN, *rate, "--seed", 3, "--out", tmp_path / "run")
     assert code == 0, err
@@ -128,8 +195,9 @@ def test_a_run_does_what_a_loop_written_apart_from_it_does(tmp_path):
     for epoch in (1, 2):
         order = training[np.random.default_rng([3, epoch]).permutation(800)]
         losses = []
-        for batch in (order[:20], order[20:40]):
-            images = random_flip(random_crop(data.train_images[batch], 3, step), 3, step)
+        for start in (0, 20):
+            batch = order[start : start + 20]
+            images = random_flip(random_crop(data.train_images[batch], 3, epoch, start), 3, epoch, start)
             for parameter in model.parameters():
                 parameter.grad[...] = 0
             logits = model(normalize(images, cifar10.MEAN, cifar10.STD))
@@ -175,6 +243,9 @@ def test_the_test_is_that_of_the_best_weights(in_process, monkeypatch):
         (["--epochs", "x"], "--epochs: expected a whole number of at least 1, got x"),
         (["--lr", "-1"], "--lr: expected a number above 0, got -1"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got 1"),
+        (["--recipe", "fast", "--ema", "1"], "--ema: expected a number from 0 to below 1, got 1"),
+        (["--weight-decay", "-1"], "--weight-decay: expected a number of at least 0, got -1"),
+        (["--recipe", "fast", "--momentum", "0"], "--momentum 0 has no Nesterov form: add --no-nesterov"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(args, message):
@@ -292,3 +363,10 @@ def test_gradcheck_prints_a_row_for_every_layer_and_the_network():
     assert lines[-1].startswith("ResNet, 4,977,226 parameters")
     for line in lines[1:]:
         assert float(line.split()[-2]) < 1e-6
+
+
+def test_the_picture_of_the_augmentations_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    code, _, err = run("augmentations.py", "--out", tmp_path / "picture.png")
+    assert code == 0, err
+    assert 20_000 < (tmp_path / "picture.png").stat().st_size < 150_000

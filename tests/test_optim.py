@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from minires import SGD, Adam, Parameter, constant, cosine, one_cycle
+from minires import SGD, Adam, Linear, Parameter, WeightAverage, constant, cosine, one_cycle, triangular
 
 
 def parameter(value, dtype=np.float64):
@@ -36,7 +36,7 @@ def test_sgd_three_steps_by_hand(nesterov):
 def test_adam_moves_by_lr_each_step_on_a_constant_gradient():
     for grad in (1e-3, 1.0, 1e3):
         p = parameter(0.0)
-        optimizer = Adam([p], lr=0.01, eps=0.0)
+        optimizer = Adam([p], lr=0.01, eps=1e-30)
         for step in range(1, 6):
             p.grad[:] = grad
             optimizer.step()
@@ -60,25 +60,189 @@ def test_adam_three_steps_by_hand():
 @pytest.mark.parametrize("make", [lambda p: SGD([p], 0.1, 0.9, True, 0.01), lambda p: Adam([p], weight_decay=0.01)])
 def test_float32_stays_float32_and_the_gradient_is_left_alone(make):
     p = parameter(1.0, np.float32)
-    array = p.data
     p.grad[:] = 3.0
     optimizer = make(p)
+    array = p.data
     optimizer.step()
     optimizer.step()
     assert p.data is array
     assert p.data.dtype == np.float32
     assert p.grad[0] == 3.0
-    state = optimizer.velocity if isinstance(optimizer, SGD) else optimizer.m + optimizer.v
-    assert all(array.dtype == np.float32 for array in state)
+    assert all(array.dtype == np.float32 for arrays in optimizer.state().values() for array in arrays)
 
 
 def test_zero_grad_clears_in_place():
     p = parameter(1.0)
+    optimizer = SGD([p], lr=0.1)
     p.grad[:] = 3.0
     grad = p.grad
-    SGD([p], lr=0.1).zero_grad()
+    optimizer.zero_grad()
     assert p.grad is grad
     assert grad[0] == 0
+
+
+def several_parameters(rng, dtype=np.float32):
+    """A bias before matrices and after them, and sizes that are and are no multiples of the alignment."""
+    shapes = [(5,), (3, 3, 2, 7), (64, 2), (130,), (), (4, 4)]
+    parameters = [Parameter(rng.standard_normal(shape).astype(dtype)) for shape in shapes]
+    for p in parameters:
+        p.grad[...] = rng.standard_normal(p.data.shape)
+    return parameters
+
+
+MAKE = {
+    "SGD": lambda p, **settings: SGD(p, 0.1, 0.9, nesterov=True, weight_decay=0.01, **settings),
+    "Adam": lambda p, **settings: Adam(p, 0.1, weight_decay=0.01, **settings),
+}
+each_optimizer = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+
+
+@each_optimizer
+def test_parameters_become_aligned_views_of_one_array_and_keep_their_values(make, rng):
+    parameters = several_parameters(rng)
+    before = [(p.data.copy(), p.grad.copy()) for p in parameters]
+    flat = make(parameters).flat
+    assert flat.size == 64 * (2 + 2 + 1 + 1 + 3 + 1)
+    assert sorted(flat.offsets) == [0, 128, 256, 320, 384, 576]
+    for p, (data, grad), offset in zip(parameters, before, flat.offsets, strict=True):
+        np.testing.assert_array_equal(p.data, data)
+        np.testing.assert_array_equal(p.grad, grad)
+        np.testing.assert_array_equal(flat.data[offset : offset + data.size], data.reshape(-1))
+        assert np.shares_memory(p.data, flat.data)
+        assert np.shares_memory(p.grad, flat.grad)
+        assert p.data.flags.c_contiguous
+
+
+@each_optimizer
+def test_all_parameters_together_move_as_each_alone(make, rng):
+    together = several_parameters(rng)
+    alone = [Parameter(p.data.copy()) for p in together]
+    optimizer, optimizers = make(together), [make([p]) for p in alone]
+    for _ in range(3):
+        optimizer.zero_grad()
+        for p, q in zip(together, alone, strict=True):
+            p.grad += rng.standard_normal(p.data.shape)
+            q.grad[...] = p.grad
+        optimizer.step()
+        for q in optimizers:
+            q.step()
+    for p, q in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(p.data, q.data)
+
+
+@each_optimizer
+def test_the_padding_stays_zero(make, rng):
+    optimizer = make(several_parameters(rng), max_norm=1.0)
+    for _ in range(3):
+        optimizer.step(grad_scale=0.5)
+    flat = optimizer.flat
+    between = np.ones(flat.size, bool)
+    for view in flat.views(between):
+        view[...] = False
+    assert between.sum() == flat.size - sum(p.data.size for p in optimizer.params) > 0
+    assert not flat.data[between].any()
+    assert not flat.grad[between].any()
+
+
+@each_optimizer
+def test_vectors_can_be_kept_from_weight_decay(make, rng):
+    parameters = several_parameters(rng)
+    for p in parameters:
+        p.grad[...] = 0
+    before = [p.data.copy() for p in parameters]
+    make(parameters, decay_vectors=False).step()
+    for p, data in zip(parameters, before, strict=True):
+        assert (p.data == data).all() == (data.ndim < 2)
+    make(parameters).step()
+    assert not any((p.data == data).all() for p, data in zip(parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("shapes", [[(3,), (1,)], [(2, 2)]], ids=["vectors", "matrices"])
+@each_optimizer
+def test_parameters_of_one_kind_alone(make, shapes):
+    parameters = [Parameter(np.ones(shape)) for shape in shapes]
+    make(parameters, decay_vectors=False).step()
+    assert all((p.data == 1).all() == (p.data.ndim < 2) for p in parameters)
+
+
+@each_optimizer
+def test_the_gradient_is_multiplied_by_its_scale_before_all_else(make, rng):
+    plain, scaled = several_parameters(rng), several_parameters(np.random.default_rng(12345))
+    for p, q in zip(plain, scaled, strict=True):
+        q.data[...] = p.data
+        q.grad[...] = 1024 * p.grad
+    for max_norm in (math.inf, 0.5):
+        make(plain, max_norm=max_norm).step()
+        make(scaled, max_norm=max_norm).step(grad_scale=1 / 1024)
+        for p, q in zip(plain, scaled, strict=True):
+            np.testing.assert_allclose(p.data, q.data, rtol=1e-6)
+
+
+def test_long_gradients_are_shortened_to_max_norm():
+    p, q = Parameter(np.zeros((1, 2))), Parameter(np.zeros(1))
+    optimizer = SGD([p, q], lr=1.0, max_norm=2.0)
+    p.grad[...], q.grad[...] = [[2.0, 3.0]], [6.0]  # of length 7
+    optimizer.step()
+    np.testing.assert_allclose(p.data, [[-4 / 7, -6 / 7]], rtol=1e-6)
+    np.testing.assert_allclose(q.data, [-12 / 7], rtol=1e-6)
+    optimizer.zero_grad()
+    p.grad[...] = 0.5
+    optimizer.step()  # of length 0.71, which stays
+    np.testing.assert_allclose(p.data, [[-4 / 7 - 0.5, -6 / 7 - 0.5]], rtol=1e-6)
+
+
+@each_optimizer
+def test_a_state_written_into_the_views_goes_on_as_if_never_interrupted(make, rng):
+    first = several_parameters(rng)
+    optimizer = make(first)
+    optimizer.step()
+    second = [Parameter(p.data.copy()) for p in first]
+    resumed = make(second)
+    for name, arrays in optimizer.state().items():
+        for array, view in zip(arrays, resumed.state()[name], strict=True):
+            view[...] = array
+    resumed.steps = getattr(optimizer, "steps", None)
+    for p, q in zip(first, second, strict=True):
+        q.grad[...] = p.grad
+    optimizer.step()
+    resumed.step()
+    for p, q in zip(first, second, strict=True):
+        np.testing.assert_array_equal(p.data, q.data)
+
+
+def test_loading_a_state_dict_reaches_the_optimizer(rng):
+    model, other = Linear(3, 2, rng=rng), Linear(3, 2, rng=rng)
+    optimizer = SGD(model.parameters(), lr=1.0)
+    model.load_state_dict(other.state_dict())
+    model.weight.grad[...] = 1.0
+    optimizer.step()
+    np.testing.assert_array_equal(model.weight.data, other.weight.data - 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: model.to(dtype=np.float64), lambda model: Adam(model.parameters())],
+    ids=["cast", "another optimizer"],
+)
+@pytest.mark.parametrize("method", ["step", "zero_grad"])
+def test_an_optimizer_whose_parameters_went_elsewhere_says_so(rng, change, method):
+    model = Linear(3, 2, rng=rng).to(dtype=np.float32)
+    optimizer = SGD(model.parameters(), lr=1.0)
+    change(model)
+    message = (
+        r"^SGD: params\[0\], of shape \(3, 2\), was moved, cast or given to another optimizer after this one was made: "
+        r"make the optimizer after model\.to, and one for each parameter$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        getattr(optimizer, method)()
+
+
+def test_parameters_that_cannot_share_an_array_are_refused():
+    p, q = parameter(1.0, np.float32), parameter(1.0, np.float64)
+    with pytest.raises(ValueError, match="on one device and of one dtype, got numpy float32, numpy float64"):
+        SGD([p, q], lr=1.0)
+    with pytest.raises(ValueError, match="Adam: params holds the same Parameter twice"):
+        Adam([p, p])
 
 
 @pytest.mark.parametrize(
@@ -89,6 +253,8 @@ def test_zero_grad_clears_in_place():
         (lambda p: SGD([p], lr=1, nesterov=True), "nesterov needs a momentum above 0"),
         (lambda p: Adam([p], betas=(0.9, 1.0)), r"Adam: betas\[1\] must be at least 0 and below 1, got 1.0"),
         (lambda p: Adam([p], lr=float("nan")), "Adam: lr must be .* got nan"),
+        (lambda p: Adam([p], eps=0.0), r"Adam: eps must be above 0, got 0.0"),
+        (lambda p: SGD([p], lr=1, max_norm=0), r"SGD: max_norm must be above 0, got 0"),
         (lambda p: Adam([]), "Adam: params is empty"),
     ],
 )
@@ -100,6 +266,53 @@ def test_values_outside_their_range_are_named(make, message):
 def test_arrays_and_names_are_no_parameters():
     with pytest.raises(TypeError, match=r"Adam: params must be Parameters, as in model\.parameters\(\), got ndarray"):
         Adam([np.zeros(3)])
+
+
+def test_an_average_of_three_steps_by_hand():
+    p = parameter(8.0)
+    optimizer = SGD([p], lr=1.0)
+    average = WeightAverage(optimizer, decay=0.2)  # the first update forgets faster: 2/11, then 3/12 is above 0.2
+    p.grad[:] = 11.0
+    optimizer.step()
+    average.update()
+    np.testing.assert_allclose(average.average[0], 2 / 11 * 8 + 9 / 11 * -3)  # -1
+    optimizer.step()
+    average.update()
+    np.testing.assert_allclose(average.average[0], 0.2 * -1 + 0.8 * -14)  # -11.4
+    average.swap()
+    np.testing.assert_allclose([p.data[0], average.average[0][0]], [-11.4, -14])
+    average.swap()
+    np.testing.assert_allclose([p.data[0], average.average[0][0]], [-14, -11.4])
+
+
+def test_an_average_of_several_parameters(rng):
+    parameters = several_parameters(rng)
+    optimizer = Adam(parameters, lr=0.1)
+    average, expected = WeightAverage(optimizer, decay=0.9), [p.data.astype(np.float64) for p in parameters]
+    for t in range(1, 200):
+        optimizer.step()
+        average.update()
+        decay = min(0.9, (1 + t) / (10 + t))
+        expected = [decay * e + (1 - decay) * p.data for e, p in zip(expected, parameters, strict=True)]
+    for view, e in zip(average.state()["average"], expected, strict=True):
+        assert view.dtype == np.float32
+        np.testing.assert_allclose(view, e, rtol=1e-4, atol=1e-6)
+
+
+def test_an_average_refuses_a_decay_that_never_forgets_and_weights_that_went_elsewhere():
+    p = parameter(1.0)
+    optimizer = SGD([p], lr=1.0)
+    with pytest.raises(ValueError, match=r"WeightAverage: decay must be at least 0 and below 1, got 1\.0"):
+        WeightAverage(optimizer, 1.0)
+    average = WeightAverage(optimizer, 0.5)
+    SGD([p], lr=1.0)
+    with pytest.raises(RuntimeError, match="was moved, cast or given to another optimizer"):
+        average.swap()
+
+
+def test_a_triangle_by_hand():
+    rates = [triangular(step, 10, 8.0, warmup=0.3) for step in range(10)]
+    np.testing.assert_allclose(rates, [2, 4, 6, 8, 8 * 6 / 7, 8 * 5 / 7, 8 * 4 / 7, 8 * 3 / 7, 8 * 2 / 7, 8 / 7])
 
 
 def test_schedules_begin_and_end_where_they_should():
@@ -118,3 +331,4 @@ def test_schedules_serve_the_shortest_runs(total_steps, warmup):
     for step in range(total_steps):
         assert 0 <= cosine(step, total_steps, 0.1) <= 0.1
         assert 0 < one_cycle(step, total_steps, 0.1, warmup) <= 0.1 + 1e-12
+        assert 0 < triangular(step, total_steps, 0.1, warmup) <= 0.1

@@ -77,7 +77,7 @@ def content(folder):
         log = list(csv.DictReader(file))
     result = json.loads((folder / "result.json").read_text())
     for seconds in (position, *position["history"], row, *log, result):
-        seconds.pop("seconds")
+        seconds.pop("seconds", None)
     for settings in ("epoch_seconds", "config"):
         position.pop(settings)
     bits = {name: (array.dtype, array.shape, array.tobytes()) for name, array in state.items()}
@@ -121,6 +121,41 @@ def test_stopped_in_any_step(begin, go_on, whole, tmp_path, monkeypatch, capsys,
     assert go_on() == 0
     assert f"going on after step {step + 1} of 6" in capsys.readouterr().out
     assert content(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("full", ["--full-train", "--no-full-train"])
+def test_stopped_anywhere_with_averaged_weights(train, tmp_path, monkeypatch, full):
+    """Momentum, the average and its statistics; the last weights of all images, or the best by validation."""
+    flags = [*FLAGS.split(), "--recipe", "fast", full]
+    assert train(*flags, "--out", tmp_path / "whole") == 0
+    for step in range(EPOCHS * STEPS):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, step)
+            assert train(*flags, "--out", tmp_path / f"run {step}") == 130
+        assert train("--resume", tmp_path / f"run {step}") == 0
+        assert content(tmp_path / f"run {step}") == content(tmp_path / "whole")
+
+
+def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_and_tested(train, tmp_path, monkeypatch):
+    """Three batches give the statistics and one is validated in each epoch; the ninth batch is the test's."""
+    flags = [*FLAGS.split(), "--recipe", "fast", "--no-full-train"]
+    assert train(*flags, "--out", tmp_path / "whole") == 0
+    pool = train_cifar.minires.GlobalAvgPool2d.forward
+    for batch in range(9):
+        seen = []
+
+        def counted(self, x, seen=seen, batch=batch):
+            if not self.training:
+                seen.append(x)
+                if len(seen) == batch + 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return pool(self, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_cifar.minires.GlobalAvgPool2d, "forward", counted)
+            assert train(*flags, "--out", tmp_path / f"run {batch}") == 143
+        assert train("--resume", tmp_path / f"run {batch}") == 0
+        assert content(tmp_path / f"run {batch}") == content(tmp_path / "whole")
 
 
 def test_stopped_after_every_step(begin, go_on, whole, tmp_path, monkeypatch):
@@ -235,9 +270,10 @@ def test_other_flags_are_refused_with_the_list_of_differences(stopped, go_on):
     with pytest.raises(train_cifar.UsageError) as caught:
         go_on(*flags)
     assert str(caught.value) == (
-        f"the run in {stopped} was begun otherwise: --lr is 0.001 in the run and 0.1 on the command line; "
+        f"the run in {stopped} was begun otherwise: "
         "--blocks is [2, 1, 1, 1] in the run and [1, 1, 1, 1] on the command line; "
         "--no-shortcut is False in the run and True on the command line; "
+        "--lr is 0.001 in the run and 0.1 on the command line; "
         f"--out is {stopped} in the run and /elsewhere on the command line. Leave the flags out"
     )
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minires.rng import philox, random_words
+from minires.rng import philox, random_words, words_of
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,13 @@ def test_words_are_those_of_the_counter_element_stream_step():
 
 def test_more_elements_do_not_change_the_first_ones():
     np.testing.assert_array_equal(random_words(5, 1, 2, xp=np), random_words(50, 1, 2, xp=np)[:5])
+
+
+def test_a_part_of_a_whole_and_single_elements_can_be_drawn_alone():
+    whole = random_words(50, 1, 2, 3, xp=np)
+    np.testing.assert_array_equal(random_words(9, 1, 2, 3, xp=np, start=20), whole[20:29])
+    elements = np.array([7, 0, 49, 7], np.uint64)
+    np.testing.assert_array_equal(words_of(elements, 1, 2, 3), whole[[7, 0, 49, 7]])
 
 
 def test_another_key_step_or_stream_gives_other_words():

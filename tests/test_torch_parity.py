@@ -5,8 +5,9 @@ import pytest
 from conftest import relative_error
 
 import minires
-from minires import SGD, Adam, Dropout, ResNet, SoftmaxCrossEntropy
+from minires import SGD, Adam, Dropout, ResNet, SoftmaxCrossEntropy, WeightAverage
 from minires.checkpoint import load_model, save_weights
+from minires.evaluate import measure_statistics
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra 'compare')")
 
@@ -127,6 +128,57 @@ def test_five_training_steps_in_float64(optimizer):
         torch_optimizer.step()
         assert relative_error(loss, torch_loss.detach()) < 1e-10
     assert_same_state(model, twin, 1e-10)
+
+
+@each_dtype
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_gradients_are_clipped_as_pytorch_does(dtype, max_norm):
+    rng = np.random.default_rng(10)
+    grads = [rng.standard_normal(shape).astype(dtype) for shape in ((3, 4), (400, 500), (7,))]
+    ours = [minires.Parameter(np.zeros_like(grad)) for grad in grads]
+    theirs = [torch.nn.Parameter(torch.zeros(grad.shape)) for grad in grads]
+    for grad, our_parameter, their_parameter in zip(grads, ours, theirs, strict=True):
+        our_parameter.grad[...] = grad
+        their_parameter.data = their_parameter.data.to(torch.from_numpy(grad).dtype)
+        their_parameter.grad = torch.from_numpy(grad.copy())
+    SGD(ours, lr=1.0, max_norm=max_norm).step()
+    torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    tolerance = 1e-10 if dtype == np.float64 else 5e-6  # PyTorch's norm in float32 is off by 1.2e-6 here, ours by 5e-8
+    for our_parameter, their_parameter in zip(ours, theirs, strict=True):
+        assert relative_error(-our_parameter.data, their_parameter.grad) < tolerance
+
+
+def test_an_average_of_the_weights_and_its_statistics():
+    """PyTorch's AveragedModel and update_bn, once the first updates, which forget faster here, are over."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+    model, twin = twins(np.float64, blocks=(1, 1), channels=(4, 8))
+    make, torch_make = OPTIMIZERS["SGD"]
+    our_optimizer, torch_optimizer = make(model.parameters()), torch_make(twin.parameters())
+    ours, theirs = WeightAverage(our_optimizer, 0.7), AveragedModel(twin, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+    theirs.n_averaged += 1  # as PyTorch's first update would copy the weights
+    ours.updates = 20
+    x, labels, torch_x, torch_labels = batch(np.float64)
+    loss_function = SoftmaxCrossEntropy()
+    for _ in range(3):
+        our_optimizer.zero_grad()
+        loss_function(model(x), labels)
+        model.backward(loss_function.backward(), need_dx=False)
+        our_optimizer.step()
+        ours.update()
+        torch_optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(twin(torch_x), torch_labels).backward()
+        torch_optimizer.step()
+        theirs.update_parameters(twin)
+    ours.swap()
+    parts = [slice(0, 3), slice(1, 4), slice(0, 2)]
+    measure_statistics(model, [x[part] for part in parts])
+    update_bn([torch_x[part] for part in parts], theirs)
+    assert_same_state(model, theirs.module, 1e-10)
+    ours.swap()
+    for (name, parameter), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        array = parameter.data.transpose(parameter.torch_axes)
+        assert relative_error(array, expected.detach()) < 1e-10, name
 
 
 def test_dropout_scales_as_pytorch_does():

@@ -18,7 +18,7 @@ import os
 
 import numpy as np
 
-from minires.kernels import cpu, reference
+from minires.kernels import cpu, gpu, reference
 from minires.kernels.threads import num_threads, set_num_threads  # noqa: F401  (part of what this package offers)
 
 CHOICES = ("fast", "reference")
@@ -27,9 +27,11 @@ _chosen = None
 
 def kernels_for(x):
     """Return the set of kernels that serves the array x. An empty one has nothing to cut into pieces."""
-    if type(x) is np.ndarray and x.dtype == np.float32 and x.size and chosen() == "fast":
-        return cpu
-    return reference
+    if not x.size or chosen() == "reference":
+        return reference
+    if type(x) is np.ndarray:
+        return cpu if x.dtype == np.float32 else reference
+    return gpu if x.dtype in (np.float32, np.float16) else reference
 
 
 def chosen():

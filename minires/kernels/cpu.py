@@ -19,6 +19,7 @@ import numpy as np
 from minires.kernels import reference
 from minires.kernels.memory import fresh, scratch
 from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
+    MIXED_DTYPES,
     add_and_relu,
     col2im,
     dropout_backward,
@@ -33,6 +34,7 @@ from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     rsqrt,
     softmax_cross_entropy_backward,
     softmax_cross_entropy_forward,
+    update_running_statistics,
 )
 from minires.kernels.threads import one_blas_thread, run
 
@@ -172,7 +174,7 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     return out.reshape(x.shape)
 
 
-def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
+def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_dresidual=True):
     """See `reference.batch_norm_backward`. Two passes over memory: one for the two sums, one for dx."""
     C = x.shape[-1]
     M = x.size // C
@@ -208,7 +210,8 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
         piece += np.multiply(g[block], scale, out=scratch("block", piece.shape))
 
     run(input_gradient, blocks(*rows.shape))
-    return dx.reshape(x.shape), dweight.astype(x.dtype), dbias.astype(x.dtype), g.reshape(x.shape)
+    dresidual = g.reshape(x.shape) if need_dresidual else None
+    return dx.reshape(x.shape), dweight.astype(x.dtype), dbias.astype(x.dtype), dresidual
 
 
 def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
@@ -652,14 +655,25 @@ def output_transform_backward(dout, dM):
     np.matmul(OUTPUT.T, half, out=tile_axes(dM, n, th, tw))
 
 
-def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+def sum_of_squares(x):
+    """See `reference.sum_of_squares`. A block at a time; what the blocks give is added up in float64."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    return np.sum(run(lambda b: flat[b] @ flat[b], blocks(flat.size, 1)), dtype=np.float64).astype(x.dtype)
+
+
+def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0, grad_scale=1.0):
     """See `reference.sgd_update`. A block at a time, so that what the steps in between make stays in the cache."""
-    update_blocks(reference.sgd_update, (param, grad, velocity), lr, momentum, nesterov, weight_decay)
+    update_blocks(reference.sgd_update, (param, grad, velocity), lr, momentum, nesterov, weight_decay, grad_scale)
 
 
-def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0):
+def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_scale=1.0):
     """See `reference.adam_update`. A block at a time, so that what the steps in between make stays in the cache."""
-    update_blocks(reference.adam_update, (param, grad, m, v), step, lr, betas, eps, weight_decay)
+    update_blocks(reference.adam_update, (param, grad, m, v), step, lr, betas, eps, weight_decay, grad_scale)
+
+
+def average_update(average, param, decay):
+    """See `reference.average_update`. A block at a time, for the same reason."""
+    update_blocks(reference.average_update, (average, param), decay)
 
 
 def update_blocks(update, arrays, *settings):

@@ -16,6 +16,7 @@ import math
 from minires.backend import array_module
 from minires.rng import random_words
 
+MIXED_DTYPES = ()  # pairs of dtypes, of images and of parameters, that differ and are served all the same
 COLUMN_BYTES = 8 * 2**20  # columns that exist at one time: small enough for a CPU's cache, and no batch is too large
 
 
@@ -207,7 +208,7 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     return add_and_relu(out, residual, relu)
 
 
-def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
+def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_dresidual=True):
     """Send the gradient of `batch_norm_forward` back to x, weight, bias and the residual.
 
     Backward    g = dout where out > 0 if relu, else dout        dresidual = g
@@ -221,8 +222,10 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
                     dx = (g_hat - mean(g_hat) - x_hat mean(g_hat x_hat)) / sqrt(var + eps)
                 and the two means are weight dbias / M and weight dweight / M.
 
+    Args        need_dresidual: False where the forward had no residual
+
     Shapes      dout, x, out (N, H, W, C), weight, mean, var (C,)
-                ->  dx (N, H, W, C), dweight (C,), dbias (C,), dresidual (N, H, W, C)
+                ->  dx (N, H, W, C), dweight (C,), dbias (C,), dresidual (N, H, W, C) or None
     """
     g = relu_backward(dout, out) if relu else dout  # (N, H, W, C)
     M = x.size // x.shape[-1]
@@ -231,7 +234,17 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False):
     dbias = sum_over_rows(g)  # (C,)
     dweight = sum_over_rows(g * x_hat)  # (C,)
     dx = (g - dbias / M - x_hat * (dweight / M)) * (weight * rstd)  # (N, H, W, C)
-    return dx, dweight, dbias, g
+    return dx, dweight, dbias, g if need_dresidual else None
+
+
+def update_running_statistics(running_mean, running_var, mean, var, momentum, M):
+    """Move the running statistics towards those of a batch of M rows; writes to the running ones.
+
+    Update      running = (1 - momentum) running + momentum batch, where the batch's variance is made unbiased
+    """
+    for running, batch in ((running_mean, mean), (running_var, var * (M / (M - 1)))):
+        running *= 1 - momentum
+        running += batch * momentum
 
 
 def rsqrt(var, eps):
@@ -351,16 +364,24 @@ def image_chunks(out_shape, weight_shape, itemsize):
     return [slice(start, start + images) for start in range(0, N, images)]
 
 
-def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+def sum_of_squares(x):
+    """Return the sum of the squares of all numbers in x, an array without axes on the device of x."""
+    return (x * x).sum()
+
+
+def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_decay=0.0, grad_scale=1.0):
     """Move a parameter against its gradient; writes to param and velocity.
 
-    Update      g = grad + weight_decay param        velocity = momentum velocity + g
+    Update      g = grad_scale grad + weight_decay param        velocity = momentum velocity + g
                 param = param - lr (g + momentum velocity if nesterov, else velocity)
 
+    Args        grad_scale: takes back the factor that a loss in 16 bits is given to keep small gradients above 0
     Shapes      param, grad and velocity of one shape; velocity starts at 0, and is None without momentum
     Source      Sutskever et al. 2013, "On the importance of initialization and momentum", in PyTorch's form, in which
                 lr scales the velocity when it is used, not when it is built up
     """
+    if grad_scale != 1:
+        grad = grad_scale * grad
     if weight_decay:
         grad = grad + weight_decay * param
     if momentum:
@@ -370,20 +391,23 @@ def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_d
     param -= lr * grad
 
 
-def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0):
+def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_scale=1.0):
     """Move a parameter by about lr, whatever the scale of its gradient; writes to param, m and v.
 
-    Update      g = grad + weight_decay param        m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+    Update      g = grad_scale grad + weight_decay param
+                m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
                 param = param - lr m_hat / (sqrt(v_hat) + eps)
                 m_hat = m / (1 - beta1^step)        v_hat = v / (1 - beta2^step)
 
     Why         m and v start at 0 and are too small at first, by exactly these factors if the gradient is constant.
 
-    Args        step: 1 at the first update
+    Args        step: 1 at the first update; grad_scale: as in `sgd_update`
     Shapes      param, grad, m and v of one shape; m and v start at 0
     Source      Kingma and Ba 2015, algorithm 1; weight_decay is added to the gradient, as in PyTorch's Adam
     """
     beta1, beta2 = betas
+    if grad_scale != 1:
+        grad = grad_scale * grad
     if weight_decay:
         grad = grad + weight_decay * param
     m *= beta1
@@ -392,3 +416,13 @@ def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0):
     v += (1 - beta2) * (grad * grad)
     rms = array_module(v).sqrt(v) * (1 / math.sqrt(1 - beta2**step)) + eps
     param -= (lr / (1 - beta1**step)) * m / rms
+
+
+def average_update(average, param, decay):
+    """Move a running average towards a parameter; writes to average.
+
+    Update      average = decay average + (1 - decay) param
+
+    Shapes      average and param of one shape
+    """
+    average += (1 - decay) * (param - average)

@@ -1,0 +1,37 @@
+"""Draw what each augmentation does to one image: the picture in the README.
+
+python examples/augmentations.py            writes augmentations.png
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+
+from minires import augment, plots
+from minires.cifar10 import load_sample
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw what each augmentation does to one image of the sample.")
+    parser.add_argument("--image", type=int, default=256, metavar="N", help="of the sample's training images")
+    parser.add_argument("--strength", type=int, default=15, metavar="N", help="of TrivialAugment's, from 0 to 30")
+    parser.add_argument("--out", type=pathlib.Path, default="augmentations.png", metavar="FILE")
+    args = parser.parse_args()
+
+    images = load_sample().train_images[args.image : args.image + 1]
+    pictures = {
+        "as it is": images,
+        "crop": augment.random_crop(images, key=1, epoch=1),
+        "flip": images[:, :, ::-1],
+        "cutout 8": augment.cutout(images, key=1, epoch=1, size=8),
+    }
+    for i, operation in enumerate(augment.OPERATIONS[1:], start=1):
+        settings = (np.array([value]) for value in (i, args.strength, 1 if operation in ("color", "rotate") else 0))
+        pictures[operation] = augment.change(images, *settings)
+    pictures["TrivialAugment\nand cutout"] = augment.cutout(augment.trivial_augment(images, 2, 1), 2, 1, size=16)
+    plots.plot_images(np.concatenate(list(pictures.values())), list(pictures), args.out, columns=9)
+
+
+if __name__ == "__main__":
+    main()
