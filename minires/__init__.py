@@ -11,7 +11,7 @@ from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle,
 from minires.resnet import BasicBlock, ResNet
 from minires.summary import summary
 from minires.gradcheck import check_gradients
-from minires import augment, evaluate, checkpoint
+from minires import augment, evaluate, checkpoint, finite
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -45,6 +45,7 @@ __all__ = [  # noqa: RUF022
     "augment",
     "evaluate",
     "checkpoint",
+    "finite",
 ]
 
 

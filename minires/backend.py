@@ -9,6 +9,7 @@ Source      CuPy's installation guide, for the packages and the environment vari
 
 import functools
 import importlib
+import re
 import sys
 
 import numpy as np
@@ -109,6 +110,17 @@ def to_device(x, device):
 def to_numpy(x):
     """Return x as a NumPy array on the host; one that is there already is returned itself."""
     return np.asarray(x) if array_module(x) is np else array_module(x).asnumpy(x)
+
+
+def memory_shortage(error):
+    """Say in words what a MemoryError was about: NumPy's message, or on a GPU the bytes wanted and the bytes free."""
+    wanted = re.search(r"allocating ([\d,]+) bytes", str(error))
+    if "cupy" not in type(error).__module__ or not wanted:
+        return str(error) or "no more memory"
+    cupy = gpu_library()
+    cupy.get_default_memory_pool().free_all_blocks()
+    sizes = int(wanted[1].replace(",", "")), cupy.cuda.runtime.memGetInfo()[0]
+    return "{:,.0f} MB more were wanted, {:,.0f} MB of the GPU are free".format(*(size / 2**20 for size in sizes))
 
 
 def _check_device(device):

@@ -44,16 +44,19 @@ def evaluation_mode(model):
             module.training = training
 
 
-def predict_logits(model, images, mean, std, batch_size=200, tta=False):
+def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lambda: False):
     """Run images through a model in evaluation mode, a batch at a time; each part's mode is restored.
 
     Shapes      images (N, H, W, 3) uint8, on host or device  ->  logits (N, K), on the host
-    Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image
+    Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: asked
+                before each batch; once it says True, the rest is left undone and None is returned
     """
     device = "cpu" if array_module(model.parameters()[0].data) is np else "gpu"
     logits = []
     with evaluation_mode(model):
         for start in range(0, len(images), batch_size):
+            if stop():
+                return None
             batch = normalize(to_device(images[start : start + batch_size], device), mean, std)
             out = model(batch)
             if tta:
@@ -62,13 +65,15 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False):
     return np.concatenate(logits)
 
 
-def evaluate(model, images, labels, mean, std, batch_size=200, tta=False):
+def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: False):
     """Return the mean loss and the accuracy over all the images, as Python floats.
 
     Shapes      images (N, H, W, 3) uint8, labels (N,) on the host
-    Args        tta: see `predict_logits`
+    Args        tta, stop: see `predict_logits`
     """
-    logits = predict_logits(model, images, mean, std, batch_size, tta)
+    logits = predict_logits(model, images, mean, std, batch_size, tta, stop)
+    if logits is None:
+        return None
     return float(SoftmaxCrossEntropy().forward(logits, labels)), float((logits.argmax(axis=1) == labels).mean())
 
 

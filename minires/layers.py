@@ -34,8 +34,8 @@ class ReLU(Module):
 class Dropout(Module):
     """In training, set each element to 0 with probability p and scale the others by 1 / (1 - p).
 
-    The mask is a function of `key`, drawn once from rng, and of `step`, which counts the training passes. To go on with a
-    run where it was left, set `step`. On a GPU it is kept there, as an array without axes: a recorded pass (see
+    The mask is a function of `key`, drawn once from rng, and of `step`, which counts the training passes. To go on with
+    a run where it was left, set `step`. On a GPU it is kept there, as an array without axes: a recorded pass (see
     kernels/gpu.py) counts on by itself.
 
     Cached      the step, from which backward draws the mask again
@@ -289,6 +289,6 @@ def _check_dtype(layer, x):
     dtype = (layer.bias if isinstance(layer, Bias2d) else layer.weight).data.dtype
     if x.dtype != dtype and (x.dtype, dtype) not in kernels_for(x).MIXED_DTYPES:
         raise ValueError(
-            f"{type(layer).__name__} has {dtype} parameters, got an input of {x.dtype}: convert the input, or the module "
-            "by to(dtype=...); only the fast kernels of a GPU take float16 beside float32"
+            f"{type(layer).__name__} has {dtype} parameters, got an input of {x.dtype}: convert the input, or the "
+            "module by to(dtype=...); only the fast kernels of a GPU take float16 beside float32"
         )

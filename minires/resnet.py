@@ -129,6 +129,17 @@ class ResNet(Sequential):
                 + (", ".join(list(state)[:5]) or "nothing")
             )
         num_classes = state["linear.weight"].shape[0]
+        widths = list(zip(channels, blocks, [channels[0], *channels], strict=False))
+        expected = {"conv1.weight": (channels[0], 3, 3, 3), "linear.weight": (num_classes, channels[-1])} | {
+            f"layer{i}.{j}.conv{k}.weight": (out, into if j == 0 and k == 1 else out, 3, 3)
+            for i, (out, count, into) in enumerate(widths, 1)
+            for j in range(count)
+            for k in (1, 2)
+        }
+        for name, shape in expected.items():  # before the network is built: a wrong number could ask for any memory
+            if name not in state or state[name].shape != shape or 0 in shape:
+                found = f"has shape {state[name].shape}" if name in state else "is missing"
+                raise ValueError(f"{name} {found}, expected {shape} and no 0")
         if shortcut is None:
             shortcut = len(blocks) == 1 or any(".shortcut." in name for name in state)
         batch_norm = "bn1.running_mean" in state

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from minires import ResNet
-from minires.checkpoint import CheckpointError, load_model, save_weights
+from minires import SGD, Adam, ResNet, WeightAverage
+from minires.checkpoint import CheckpointError, load_model, restore_training_state, save_weights, training_state
 
 
 def test_weights_and_metadata_come_back(tmp_path, rng):
@@ -82,3 +82,57 @@ def test_a_network_of_one_stage_comes_back_with_or_without_shortcuts(tmp_path, r
     save_weights(tmp_path / "model", model)
     x = rng.standard_normal((2, 8, 8, 3)).astype(np.float32)
     np.testing.assert_array_equal(load_model(tmp_path / "model")[0](x), model(x))
+
+
+def adam(model):
+    return Adam(model.parameters())
+
+
+def nesterov(model):
+    return SGD(model.parameters(), 0.1, 0.9, nesterov=True)
+
+
+def plain(model):
+    return SGD(model.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("make", [adam, nesterov, plain])
+@pytest.mark.parametrize("averaged", [True, False])
+def test_all_that_changes_in_training_comes_back(rng, make, averaged):
+    def build(seed):
+        model = ResNet((1,), (4,), seed=seed)
+        optimizer = make(model)
+        return model, optimizer, WeightAverage(optimizer, 0.9) if averaged else None
+
+    def steps(model, optimizer, average):
+        for x in batches:
+            optimizer.zero_grad()
+            model.backward(model(x))
+            optimizer.step()
+            if average:
+                average.update()
+
+    first, second = build(1), build(1)
+    second[0].linear.weight.data[...] = 7
+    batches = rng.standard_normal((3, 2, 8, 8, 3)).astype(np.float32)
+    steps(*first)
+    state = {name: array.copy() for name, array in training_state(*first).items()}
+    restore_training_state(*second, state)
+    steps(*first)
+    steps(*second)
+    expected, actual = training_state(*first), training_state(*second)
+    assert expected.keys() == actual.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
+def test_a_state_that_does_not_fit_is_refused_with_a_list():
+    small, large = ResNet((1,), (4,)), ResNet((1,), (5,))
+    state = training_state(small, adam(small))
+    optimizer = nesterov(small)
+    with pytest.raises(CheckpointError, match=r"missing optimizer\.velocity\.conv1\.weight; .* missing average\."):
+        restore_training_state(small, optimizer, WeightAverage(optimizer, 0.9), state)
+    with pytest.raises(CheckpointError, match=r"optimizer\.m\.bn1\.weight has shape \(4,\), expected \(5,\)"):
+        restore_training_state(large, adam(large), None, state)
+    with pytest.raises(CheckpointError, match=r"does not fit this network: .*bn1\.weight has shape \(4,\)"):
+        restore_training_state(large, plain(large), None, state)

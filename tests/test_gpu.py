@@ -104,8 +104,9 @@ def test_a_training_step_agrees_with_the_cpu(truth, precision, dtype, coarser):
     running = {name: relative_error(state[name], right) for name, right in right_state.items() if "running" in name}
     loss_error = abs(float(losses[0] - right_losses[0])) / right_losses[0]
     print(
-        f"{precision}: loss {loss_error:.1e}, gradients median {np.median(list(errors.values())):.1e}, largest "
-        f"{max(errors.values()):.1e}, running statistics {max(running.values()):.1e} (float32 on the CPU {rounding:.1e})"
+        f"{precision}: loss {loss_error:.1e}, gradients median {np.median(list(errors.values())):.1e}, "
+        f"largest {max(errors.values()):.1e} (float32 on the CPU {rounding:.1e}), "
+        f"running statistics {max(running.values()):.1e}"
     )
     assert max(errors.values()) < 4 * rounding * coarser**0.5
     assert max(running.values()) < 1e-6 * coarser

@@ -1,4 +1,4 @@
-"""The GPU's kernels: each equals its reference twin, run by NumPy in float64 on the same numbers, and writes to no input.
+"""The GPU's kernels: each equals its reference twin, run by NumPy in float64 on the same numbers, and changes no input.
 
 They run twice: everywhere on an emulator of the GPU (cuda_emulator.h), small, and where there is a GPU on that, large.
 The bounds are relative norms: 1e-6 in float32, 1e-3 with TF32 in convolutions, 1e-2 in float16; each 2^-11 for a number

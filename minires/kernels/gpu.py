@@ -22,7 +22,6 @@ import pathlib
 import numpy as np
 
 from minires.backend import array_module
-from minires.kernels import reference
 from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     add_and_relu,
     dropout_mask,
@@ -42,8 +41,8 @@ ROWS = {"float32": 16, "float16": 8}  # that a thread of batch normalisation kee
 SMALL_PRODUCT = 2**24  # multiplications up to which cuBLAS is not worth its launch
 COLUMN_BYTES = 2**28  # columns that exist at one time
 
-# Tiles of the implicit convolutions: rows, columns, rows and columns of a warp, steps under way, bytes of a step along the
-# inner dimension. The largest comes first. Found by trying on an H200; they decide in which order sums are added.
+# Tiles of the implicit convolutions: rows, columns, rows and columns of a warp, steps under way, bytes of a step along
+# the inner dimension. The largest comes first. Found by trying on an H200; they decide in which order sums are added.
 TILES = ((128, 128, 64, 64, 3, 128), (128, 64, 64, 32, 3, 128), (64, 64, 32, 32, 4, 64))
 GRADIENT_TILES = {
     "float16": ((192, 64, 48, 64, 4, 64), (64, 64, 32, 32, 4, 64), (32, 64, 16, 32, 4, 64)),
@@ -128,7 +127,7 @@ def kernel(xp, name, shared_bytes):
 
 
 def launch(name, blocks, threads, first, *rest, shared_bytes=0):
-    """Start a kernel of gpu.cu. Python's floats go as float, its integers as what the kernel takes, None as no array."""
+    """Start a kernel of gpu.cu. Python's floats go as float, its integers as the kernel takes them, None as no array."""
     xp = array_module(first)
     arguments = tuple(np.float32(a) if isinstance(a, float) else NO_ARRAY if a is None else a for a in (first, *rest))
     kernel(xp, name, shared_bytes)(blocks, threads, arguments, shared_mem=shared_bytes)
@@ -404,7 +403,7 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
 
 
 def is_implicit(x, other, columns, taps):
-    """Whether the tensor cores take a convolution between x and other: a product with so many columns, by such a window."""
+    """Whether the tensor cores take a convolution between x and other: a product of so many columns, taps in a window."""
     allowed = x.dtype == "float16" or _precision == "tf32"
     counted = max(x.size, other.size) < INDEX_LIMIT and taps <= MOST_TAPS
     return allowed and counted and columns % COLUMNS_OF_A_TILE == 0
@@ -518,7 +517,7 @@ def im2col(x, kernel_size, stride, padding, row_size=None):
 def col2im(columns, x_shape, kernel_size, stride, padding):
     """See `reference.col2im`."""
     (columns,) = contiguous(columns)
-    N, H, W, C = x_shape
+    _, H, W, C = x_shape
     _, oh, ow, _ = columns.shape
     dx = array_module(columns).empty(x_shape, columns.dtype)
     V = vector(C, columns)
@@ -564,8 +563,9 @@ def replay(function):
     records, and those that follow replay with the arrays' values of the moment. What the function returns is written
     over by the next call.
 
-    Limits      Python itself runs no more: a number that changes has to be an array. CuPy's cuBLAS refuses to be recorded,
-                so convolutions and products must be those of gpu.cu: float16 or TF32, channels in multiples of 64.
+    Limits      Python itself runs no more: a number that changes has to be an array. CuPy's cuBLAS refuses to be
+                recorded, so convolutions and products must be those of gpu.cu: float16 or TF32, channels in multiples
+                of 64.
     """
     recordings = {}
 

@@ -1,0 +1,498 @@
+"""A run that was stopped and goes on gives the same bits as one that never was, wherever it was stopped."""
+
+import csv
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+from minires import ResNet, evaluate, kernels
+from minires.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, CheckpointError, load_checkpoint, load_model
+
+train_cifar = pytest.importorskip("train_cifar")
+SCRIPT = pathlib.Path(train_cifar.__file__)
+EPOCHS, STEPS = 2, 3  # of a run, and of each epoch
+FLAGS = f"--data sample --epochs {EPOCHS} --batch-size 10 --limit-batches {STEPS} --device cpu --schedule one-cycle"
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    monkeypatch.setattr(train_cifar.minires, "ResNet", SmallResNet)
+    monkeypatch.setattr(train_cifar, "draw", lambda *_: None)
+    with warnings.catch_warnings():
+        yield
+
+
+class SmallResNet(ResNet):
+    def __init__(self, blocks, channels=(4, 6, 6, 8), *args, **kwargs):
+        super().__init__(blocks, channels, *args, **kwargs)
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Run train_cifar.py in this process; returns its exit code."""
+
+    def run(*args, folder="run"):
+        monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, args)])
+        return train_cifar.main()
+
+    return run
+
+
+@pytest.fixture
+def begin(train, tmp_path):
+    return lambda *args: train(*FLAGS.split(), "--out", tmp_path / "run", *args)
+
+
+@pytest.fixture
+def go_on(train, tmp_path):
+    return lambda *args: train("--resume", tmp_path / "run", *args)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run that nobody has stopped leaves."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(train_cifar.minires, "ResNet", SmallResNet)
+        patch.setattr(train_cifar, "draw", lambda *_: None)
+        patch.setattr(sys, "argv", ["train_cifar.py", *FLAGS.split(), "--out", str(folder)])
+        assert train_cifar.main() == 0
+    return content(folder)
+
+
+def content(folder):
+    """All that a finished run leaves, but for the seconds and the settings."""
+    state, position = load_checkpoint(folder)
+    best, row = load_model(folder / "best.safetensors")
+    with open(folder / "log.csv") as file:
+        log = list(csv.DictReader(file))
+    result = json.loads((folder / "result.json").read_text())
+    for seconds in (position, *position["history"], row, *log, result):
+        seconds.pop("seconds", None)
+    for settings in ("epoch_seconds", "config"):
+        position.pop(settings)
+    bits = {name: (array.dtype, array.shape, array.tobytes()) for name, array in state.items()}
+    return bits, position, {name: array.tobytes() for name, array in best.state_dict().items()}, row, log, result
+
+
+def stop_at_step(monkeypatch, step, number=signal.SIGINT, times=1):
+    """Send this process a signal in the middle of a step, counted from 0."""
+
+    def one_cycle(current, *args):
+        if current == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return train_cifar.minires.one_cycle(current, *args)
+
+    monkeypatch.setitem(train_cifar.SCHEDULES, "one-cycle", one_cycle)
+
+
+def stop_at_batch(monkeypatch, batch):
+    """Send this process a signal before the given batch, counted from 0, of all that are validated or tested."""
+    seen = []
+
+    def predict(images, *args):
+        seen.append(images)
+        if len(seen) == batch + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return normalize(images, *args)
+
+    normalize = evaluate.normalize
+    monkeypatch.setattr(evaluate, "normalize", predict)
+
+
+@pytest.mark.parametrize("step", range(EPOCHS * STEPS))
+def test_stopped_in_any_step(begin, go_on, whole, tmp_path, monkeypatch, capsys, step):
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, step)
+        assert begin() == 130
+    out, _ = capsys.readouterr()
+    assert f"interrupted in epoch {step // STEPS + 1}, after step {step + 1} of 6; to go on from there:" in out
+    assert load_checkpoint(tmp_path / "run")[1]["step"] == step + 1
+    assert go_on() == 0
+    assert f"going on after step {step + 1} of 6" in capsys.readouterr().out
+    assert content(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("full", ["--full-train", "--no-full-train"])
+def test_stopped_anywhere_with_averaged_weights(train, tmp_path, monkeypatch, full):
+    """Momentum, the average and its statistics; the last weights of all images, or the best by validation."""
+    flags = [*FLAGS.split(), "--recipe", "fast", full]
+    assert train(*flags, "--out", tmp_path / "whole") == 0
+    for step in range(EPOCHS * STEPS):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, step)
+            assert train(*flags, "--out", tmp_path / f"run {step}") == 130
+        assert train("--resume", tmp_path / f"run {step}") == 0
+        assert content(tmp_path / f"run {step}") == content(tmp_path / "whole")
+
+
+def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_and_tested(train, tmp_path, monkeypatch):
+    """Three batches give the statistics and one is validated in each epoch; the ninth batch is the test's."""
+    flags = [*FLAGS.split(), "--recipe", "fast", "--no-full-train"]
+    assert train(*flags, "--out", tmp_path / "whole") == 0
+    pool = train_cifar.minires.GlobalAvgPool2d.forward
+    for batch in range(9):
+        seen = []
+
+        def counted(self, x, seen=seen, batch=batch):
+            if not self.training:
+                seen.append(x)
+                if len(seen) == batch + 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return pool(self, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_cifar.minires.GlobalAvgPool2d, "forward", counted)
+            assert train(*flags, "--out", tmp_path / f"run {batch}") == 143
+        assert train("--resume", tmp_path / f"run {batch}") == 0
+        assert content(tmp_path / f"run {batch}") == content(tmp_path / "whole")
+
+
+def test_stopped_after_every_step(begin, go_on, whole, tmp_path, monkeypatch):
+    for step in range(EPOCHS * STEPS):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, step, signal.SIGTERM)
+            assert (go_on() if step else begin("--checkpoint-every", "0")) == 143
+    assert go_on() == 0
+    assert content(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("batch", range(EPOCHS + 1))
+def test_stopped_in_validation_or_in_the_test(begin, go_on, whole, tmp_path, monkeypatch, capsys, batch):
+    original = evaluate.predict_logits.__defaults__
+    monkeypatch.setattr(evaluate.predict_logits, "__defaults__", (10, *original[1:]))
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", (10, *original[1:]))  # three batches instead of one
+    with monkeypatch.context() as patch:
+        stop_at_batch(patch, 3 * batch + 1)
+        assert begin() == 143
+    step = min(batch + 1, EPOCHS) * STEPS
+    assert f"after step {step} of 6; to go on from there:" in capsys.readouterr().out
+    assert go_on() == 0
+    expected, actual = whole, content(tmp_path / "run")
+    assert actual[0].keys() == expected[0].keys()
+    assert {name for name in actual[0] if actual[0][name] != expected[0][name]} == set()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gone_on_with_another_number_of_threads(begin, go_on, whole, tmp_path, monkeypatch, threads):
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 2)
+        assert begin() == 130
+    try:
+        kernels.set_num_threads(threads)
+        assert go_on() == 0
+    finally:
+        kernels.set_num_threads(None)
+    assert content(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu"), ("gpu", "gpu")])
+def test_from_one_device_to_the_other(strict_gpu, train, tmp_path, monkeypatch, capsys, first, second):
+    """With the reference kernels, which serve both, the bits are the same."""
+    with kernels.use("reference"):
+        assert train(*FLAGS.split(), "--out", tmp_path / "whole") == 0
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, 1)
+            assert train(*FLAGS.split(), "--device", first, "--out", tmp_path / "run") == 130
+        capsys.readouterr()
+        assert train("--resume", tmp_path / "run", "--device", second) == 0
+    out, err = capsys.readouterr()
+    assert f"device {second}" in out
+    assert (f"note: device {first} then, {second} now: last digits may differ" in err) == (first != second)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(begin, go_on, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 3)
+        assert begin("--checkpoint-every", "0") == 130
+    path = tmp_path / "run" / CHECKPOINT
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors is damaged.*going on from .*previous\.safetensors"):
+        assert go_on() == 0
+    assert (tmp_path / "run" / DAMAGED).read_bytes() == data
+    assert content(tmp_path / "run") == whole
+
+
+def test_two_damaged_checkpoints_are_not_taken_for_a_run_that_has_none(begin, go_on, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 3)
+        begin("--checkpoint-every", "0")
+    for name in (CHECKPOINT, PREVIOUS):
+        (tmp_path / "run" / name).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*checkpoint.*; .*previous"):
+        go_on()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(begin, go_on, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 2)
+        assert begin() == 130
+    (tmp_path / "run" / CHECKPOINT).unlink()
+    (tmp_path / "run" / "log.csv.minires-part").write_text("half")
+    assert go_on() == 0
+    assert content(tmp_path / "run") == whole
+    assert not list((tmp_path / "run").glob("*part"))
+
+
+def test_a_finished_run_says_so(begin, go_on, tmp_path, capsys):
+    assert begin() == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    assert go_on() == 0
+    run = tmp_path / "run"
+    assert capsys.readouterr().out == f"the run in {run} is finished, see {run / 'result.json'}\n"
+    assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+@pytest.fixture
+def stopped(begin, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 0)
+        assert begin() == 130
+    return tmp_path / "run"
+
+
+def test_other_flags_are_refused_with_the_list_of_differences(stopped, go_on):
+    flags = ["--lr", "0.1", "--epochs", "2", "--no-shortcut", "--out", "/elsewhere", "--blocks", "1", "1", "1", "1"]
+    with pytest.raises(train_cifar.UsageError) as caught:
+        go_on(*flags)
+    assert str(caught.value) == (
+        f"the run in {stopped} was begun otherwise: "
+        "--blocks is [2, 1, 1, 1] in the run and [1, 1, 1, 1] on the command line; "
+        "--no-shortcut is False in the run and True on the command line; "
+        "--lr is 0.001 in the run and 0.1 on the command line; "
+        f"--out is {stopped} in the run and /elsewhere on the command line. Leave the flags out"
+    )
+
+
+def test_a_default_that_is_given_counts_as_given(stopped, go_on):
+    with pytest.raises(train_cifar.UsageError, match="--batch-size is 10 in the run and 128 on the command line"):
+        go_on("--batch-size", "128")
+
+
+def test_the_same_flags_and_the_free_ones_are_taken(stopped, go_on, whole):
+    assert go_on(*FLAGS.split(), "--out", stopped, "--checkpoint-every", "3") == 0
+    assert content(stopped) == whole
+
+
+def test_other_images_are_refused(stopped, go_on, monkeypatch):
+    data = train_cifar.cifar10.load_sample()
+    data.train_images[0, 0, 0, 0] ^= 1
+    monkeypatch.setattr(train_cifar.cifar10, "load_sample", lambda: data)
+    with pytest.raises(train_cifar.UsageError, match=r"the images are not those that the run in .* began with"):
+        go_on()
+
+
+def test_a_run_folder_that_another_process_holds_is_refused(stopped, go_on):
+    with train_cifar.locked(stopped), pytest.raises(train_cifar.UsageError, match="is in use by another process"):
+        go_on()
+
+
+def test_a_folder_without_a_run_is_named(train, tmp_path):
+    with pytest.raises(
+        train_cifar.UsageError, match=f"there is no run in {tmp_path}, for .*config.json cannot be read"
+    ):
+        train("--resume", tmp_path)
+    with pytest.raises(train_cifar.UsageError, match=r"there is no run in .*none: No such file"):
+        train("--resume", tmp_path / "none")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(train_cifar.UsageError, match=r"config\.json is damaged .* start the run anew"):
+        train("--resume", tmp_path)
+
+
+def test_a_changed_version_is_told(stopped, go_on, monkeypatch, capsys):
+    monkeypatch.setattr(train_cifar.np, "__version__", "9.9")
+    assert go_on() == 0
+    assert f"note: numpy {np.version.version} then, 9.9 now: last digits may differ" in capsys.readouterr().err
+
+
+def test_the_seconds_of_a_run_are_those_it_has_computed(stopped, go_on):
+    seconds = load_checkpoint(stopped)[1]["seconds"]
+    assert go_on() == 0
+    assert json.loads((stopped / "result.json").read_text())["seconds"] >= round(seconds, 1)
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize("layer", ["conv1", "layer2.0.conv2", "layer3.0.shortcut.1", "linear"])
+def test_a_nan_in_the_weights_of_a_layer_is_reported_with_its_name(begin, tmp_path, monkeypatch, layer):
+    def one_cycle(step, *args):
+        if step == 4:
+            dict(model[0].named_parameters())[f"{layer}.weight"].data[..., 0] = np.nan
+        return train_cifar.minires.one_cycle(step, *args)
+
+    model = []
+    to = ResNet.to
+    monkeypatch.setattr(SmallResNet, "to", lambda self, device: model.append(self) or to(self, device))
+    monkeypatch.setitem(train_cifar.SCHEDULES, "one-cycle", one_cycle)
+    with pytest.raises(FloatingPointError) as caught:
+        begin("--checkpoint-every", "0")
+    assert str(caught.value) == (
+        "in epoch 2, step 5 the loss is nan: the first number that is not finite is in the output of "
+        f"{layer}, whose weights are not finite; the checkpoint after step 4 is kept; try a smaller --lr than 0.001"
+    )
+    state, position = load_checkpoint(tmp_path / "run")
+    assert position["step"] == 4
+    assert all(np.isfinite(array).all() for array in state.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(begin, tmp_path, monkeypatch):
+    backward = train_cifar.minires.Linear.backward
+
+    def overflowing(self, dout):
+        dx = backward(self, dout)
+        self.weight.grad[0, 0] = np.inf
+        return dx
+
+    monkeypatch.setattr(train_cifar.minires.Linear, "backward", overflowing)
+    with pytest.raises(
+        FloatingPointError, match=r"in epoch 1, step 1 a gradient is not finite: .* the gradient of linear"
+    ):
+        begin("--checkpoint-every", "0")
+    assert load_checkpoint(tmp_path / "run") is None
+
+
+def test_a_state_that_is_not_finite_is_never_saved(begin, tmp_path, monkeypatch):
+    """Adam's second moment overflows where the gradient, which is squared, does not."""
+    backward = train_cifar.minires.Linear.backward
+
+    def large(self, dout):
+        dx = backward(self, dout)
+        if self.weight.grad is linear[0]:
+            self.weight.grad[0, 0] = 1e30
+        return dx
+
+    linear = [None]
+
+    def one_cycle(step, *args):
+        linear[0] = model[0].linear.weight.grad if step == 1 else None
+        return train_cifar.minires.one_cycle(step, *args)
+
+    model = []
+    to = ResNet.to
+    monkeypatch.setattr(SmallResNet, "to", lambda self, device: model.append(self) or to(self, device))
+    monkeypatch.setattr(train_cifar.minires.Linear, "backward", large)
+    monkeypatch.setitem(train_cifar.SCHEDULES, "one-cycle", one_cycle)
+    with pytest.raises(
+        FloatingPointError, match=r"step 2 optimizer\.v\.linear\.weight holds values that are not finite"
+    ):
+        begin("--checkpoint-every", "0")
+    assert load_checkpoint(tmp_path / "run")[1]["step"] == 1
+
+
+def test_a_validation_loss_that_is_not_finite_names_the_layer(begin, monkeypatch):
+    to = ResNet.to
+
+    def poisoned(self, device):
+        self.bn1.running_var.data[:] = np.inf
+        self.bn1.running_mean.data[:] = np.inf
+        return to(self, device)
+
+    monkeypatch.setattr(SmallResNet, "to", poisoned)
+    with pytest.raises(
+        FloatingPointError, match=r"the validation loss is nan: .* is in the output of bn1; there is no"
+    ):
+        begin()
+
+
+# As people meet it
+
+
+def start(*args):
+    command = [sys.executable, SCRIPT, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_that_is_printed_goes_on_with_the_run(tmp_path, number, code):
+    flags = "--data sample --epochs 1 --batch-size 4 --limit-batches 20 --blocks 1 1 1 1 --device cpu"
+    process = start(*flags.split(), "--out", tmp_path / "my run")
+    process.stdout.readline()  # printed when the run begins
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err == "\nending after this step; Ctrl-C again ends at once, without saving\n"
+    assert "interrupted in epoch 1, after step" in out
+    command = shlex.split(out.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "test accuracy" in done.stdout
+
+
+def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
+    flags = "--data sample --batch-size 60 --blocks 1 1 1 1 --device cpu --checkpoint-every 0"
+    process = start(*flags.split(), "--out", tmp_path / "run")
+    while process.poll() is None and not (tmp_path / "run" / CHECKPOINT).exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.stderr.readline()
+    assert process.stderr.readline().startswith("ending after this step")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert load_checkpoint(tmp_path / "run")[1]["step"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "code", "line"),
+    [
+        (["--resume", "/nowhere"], {}, 2, "error: there is no run in /nowhere: No such file or directory"),
+        (["--data", "sample"], {"MINIRES_NUM_THREADS": "x"}, 2, "error: MINIRES_NUM_THREADS must be a whole number"),
+        (["--data", "sample"], {"MINIRES_KERNELS": "x"}, 2, "error: MINIRES_KERNELS must be 'fast' or 'reference'"),
+        (
+            ["--data", "sample", "--out", "/dev/null/x"],
+            {},
+            2,
+            "error: --out /dev/null/x cannot be made: Not a directory",
+        ),
+        (["--checkpoint-every", "-1"], {}, 2, "--checkpoint-every: expected a number of at least 0, got -1"),
+    ],
+)
+def test_mistakes_end_with_one_line(flags, environment, code, line):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *flags], env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert line in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            OSError(28, "No space left on device", "run/log.csv"),
+            1,
+            "run/log.csv: No space left on device; what was there",
+        ),
+        (MemoryError("9 GB"), 1, r"out of memory \(9 GB\): try a smaller --batch-size"),
+        (KeyError("x"), 1, r"KeyError: 'x' \(--debug shows the place\)"),
+        (CheckpointError("x is damaged"), 2, "x is damaged"),
+    ],
+)
+def test_errors_become_an_exit_code_and_a_line(error, code, line):
+    import re
+
+    assert train_cifar.explain(error)[0] == code
+    assert re.match(line, train_cifar.explain(error)[1])
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "--resume", "/nowhere", "--debug"], capture_output=True, text=True)
+    assert "Traceback" in done.stderr
+    assert done.returncode == 1
