@@ -24,7 +24,7 @@ from train_cifar import at_least
 from minires import plots
 
 TRAIN = pathlib.Path(__file__).parent / "train_cifar.py"
-SGD = ["--optimizer", "sgd", "--lr", "0.1", "--weight-decay", "5e-4"]  # the rate and decay of He et al. 2016 and after
+SGD = ["--optimizer", "sgd", "--lr", "0.1", "--weight-decay", "5e-4"]  # Zagoruyko and Komodakis 2016
 STUDIES = {
     "report": {  # the story of the report's method section, one step away from its network and its recipe
         "report": [],

@@ -95,7 +95,8 @@ RECIPES = {
     "fast": {
         # Page 2018, "How to train your ResNet": the rate (0.4 for batches of 512), the weight decay, the shape of the
         # schedule, cutout of 8. He et al. 2019, "Bag of tricks": smoothing, no decay on vectors.
-        # Jordan 2024, "94% on CIFAR-10 in 3.29 seconds": alternating flip, average of weights, mirrored test images.
+        # Jordan 2024, "94% on CIFAR-10 in 3.29 seconds": alternating flip, mirrored test images. The average is over
+        # about half an epoch.
         "epochs": 30,
         "optimizer": "sgd",
         "lr": 0.1,
@@ -112,7 +113,7 @@ RECIPES = {
     },
     "best": {
         # Müller and Hutter 2021, "TrivialAugment": optimizer, rate, weight decay, schedule, epochs, augmentation with
-        # cutout of 16. The rest as in fast, with an average over about two epochs.
+        # cutout of 16. The rest as in fast, with an average over two and a half epochs.
         "epochs": 200,
         "optimizer": "sgd",
         "lr": 0.1,

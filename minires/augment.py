@@ -52,11 +52,11 @@ def random_flip(images, key, epoch, start=0, p=0.5):
 def alternating_flip(images, index, key, epoch):
     """Mirror each image in every other epoch; chance decides whether in the even or in the odd ones.
 
-    Why         With random flips, an image is shown in the same way in two epochs of four by chance alone; here any two
-                epochs in a row show it both ways, and the network learns sooner.
+    Why         With random flips, two epochs in a row show half of the images in the same way. Here they show every
+                image in both, and the network learns sooner.
 
     Shapes      images (N, H, W, C), index (N,), the number of each image in the data set  ->  the images
-    Source      Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.6
+    Source      Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU"
     """
     xp = array_module(images)
     words = words_of(index.astype(xp.uint64), key, 0, ALTERNATING_STREAM)[:, 0]
@@ -117,8 +117,8 @@ def trivial_augment(images, key, epoch, start=0):
     """Change each image by one operation, drawn from fourteen, at a strength drawn from all.
 
     Shapes      images (N, H, W, 3) uint8  ->  the same
-    Source      Müller and Hutter 2021, "TrivialAugment: tuning-free yet state-of-the-art data augmentation", the wide
-                space of table 1
+    Source      Müller and Hutter 2021, "TrivialAugment: tuning-free yet state-of-the-art data augmentation", with its
+                wide space of strengths
     """
     xp = array_module(images)
     words = random_words(len(images), key, epoch, TRIVIAL_STREAM, xp=xp, start=start)

@@ -304,6 +304,14 @@ def test_evaluate_prints_accuracy_and_confusion(checkpoint):
     assert f"accuracy {counts.trace() / 500:.2%}" in lines[0]
 
 
+def test_evaluate_with_mirror_images(checkpoint):
+    code, out, err = run("evaluate.py", checkpoint, "--data", "sample", "--tta")
+    assert code == 0, err
+    data, model = load_sample(), load_model(checkpoint)[0]
+    loss, accuracy = evaluate(model, data.test_images, data.test_labels, cifar10.MEAN, cifar10.STD, tta=True)
+    assert out.startswith(f"500 images, loss {loss:.4f}, accuracy {accuracy:.2%}\n")
+
+
 def test_predict_names_the_three_most_probable_classes(checkpoint, tmp_path):
     image = pytest.importorskip("PIL.Image").fromarray(load_sample().test_images[0])
     image.save(tmp_path / "small.png")
