@@ -3,6 +3,8 @@
     python examples/benchmark.py                        minires, and PyTorch where it is installed
     python examples/benchmark.py --compile              torch.compile as well (takes a minute to compile)
     python examples/benchmark.py --layers               the milliseconds of each layer, beside what the machine allows
+    python examples/benchmark.py --device gpu           training steps on a GPU, in three precisions and batch sizes
+    python examples/benchmark.py --device gpu --layers  the milliseconds of each kernel there
 
 Each contestant lives in a process of its own and takes turns with the others: a few training steps each, then a few
 batches of evaluation each, round after round. A machine that slows down slows all of them, so it is the ratios within a
@@ -23,22 +25,37 @@ import time
 import numpy as np
 
 import minires
-from minires.kernels import num_threads
+from minires.backend import gpu_library
+from minires.kernels import gpu, num_threads
 from minires.kernels.threads import run
 from minires.summary import output_shapes, parts_first
 
 WARMUP = 2  # steps that are not timed
+GPU_WARMUP, GPU_STEPS = 8, 30  # PyTorch tries its algorithms out in the first steps
+PRECISIONS = ("fp16", "tf32", "float32")
+LOSS_SCALE = 1024.0  # with fp16
+EPOCH = 40_000  # images
 
 
 def main():
     parser = argparse.ArgumentParser(description="Time minires, beside PyTorch where it is installed.")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="default 128")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="default 128, on a GPU 128 512 1024; only a GPU takes several",
+    )
+    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="on a GPU")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed steps of each in a round, default 3")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--layers", action="store_true", help="only the table of minires by layer")
     args = parser.parse_args()
+    if args.device == "gpu":
+        return benchmark_gpu(args)
+    (args.batch_size,) = args.batch_size or [128]
 
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
     print(f"{num_threads()} threads each, {processor()}, {versions}, batch {args.batch_size}")
@@ -92,10 +109,11 @@ def print_table(task, seconds, images, peaks):
 class Worker:
     """A contestant in a process of its own, which does what it is asked and otherwise sleeps."""
 
-    def __init__(self, contestant, batch_size, steps):
+    def __init__(self, contestant, *size):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, contestant, batch_size, steps), daemon=True)
+        target = serve if size else serve_on_gpu
+        self.process = context.Process(target=target, args=(theirs, contestant, *size), daemon=True)
         self.process.start()
         self.peak = 0  # MB, after the latest training
 
@@ -128,6 +146,14 @@ def serve(pipe, contestant, batch_size, steps):
                     getattr(contestant, task)()
                 answer = time.perf_counter() - started
         pipe.send((answer, peak_memory()))
+
+
+def serve_on_gpu(pipe, contestant):
+    contestant = contestant()
+    while question := pipe.recv():
+        name, *arguments = question
+        answer = getattr(contestant, name)
+        pipe.send((answer(*arguments) if callable(answer) else answer, 0))
 
 
 def peak_memory():
@@ -191,6 +217,219 @@ class TorchCompiled(Torch):
     def __init__(self, images, labels):
         super().__init__(images, labels)
         self.model = self.torch.compile(self.model)
+
+
+def benchmark_gpu(args):
+    """A table of training steps on a GPU: each precision with each size of batches, the contestants in turn."""
+    cupy = gpu_library()
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    print(f"{name}, Python {platform.python_version()}, CuPy {cupy.__version__}")
+    if args.layers:
+        print_kernels(args)
+        return
+    contestants = {"minires": MiniresOnGPU, "minires, not recorded": MiniresUnrecorded}
+    if importlib.util.find_spec("torch"):
+        contestants["PyTorch eager"] = TorchOnGPU
+        if args.compile:
+            contestants["torch.compile"] = TorchCompiledOnGPU
+    else:
+        print("PyTorch is not installed: minires runs alone")
+    workers = {name: Worker(contestant) for name, contestant in contestants.items()}
+    print("versions: " + ", ".join(f"{name} {worker.ask('version')}" for name, worker in workers.items()) + "\n")
+    print(
+        f"{'':<9} {'batch':>5}  {'':<21} {'ms a step':>9} {'from':>7} {'to':>7} {'s an epoch':>10} {'MB':>6}  minires is"
+    )
+    for precision in args.precision:
+        for batch_size in args.batch_size or [128, 512, 1024]:
+            memory = {name: worker.ask("prepare", precision, batch_size) for name, worker in workers.items()}
+            times = {name: [] for name in workers}
+            for _ in range(args.rounds):
+                for name, worker in workers.items():
+                    times[name].append(worker.ask("time") * 1000)
+            for name, milliseconds in times.items():
+                median = statistics.median(milliseconds)
+                ratios = sorted(theirs / ours for theirs, ours in zip(milliseconds, times["minires"], strict=True))
+                faster = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) times as fast"
+                print(
+                    f"{precision:<9} {batch_size:>5}  {name:<21} {median:9.2f} {min(milliseconds):7.2f} "
+                    f"{max(milliseconds):7.2f} {median / 1000 * EPOCH / batch_size:10.2f} {memory[name] / 2**20:6.0f}  "
+                    + (faster if name != "minires" else ""),
+                    flush=True,
+                )
+    for worker in workers.values():
+        worker.stop()
+
+
+class MiniresOnGPU:
+    """What train_cifar.py does on a GPU: forward and backward recorded, then the optimizer."""
+
+    version, recorded = minires.__version__, True
+
+    def prepare(self, precision, batch_size):
+        """Set up and warm up; return the bytes of device memory that this took."""
+        cupy = gpu_library()
+        self.train = None
+        cupy.get_default_memory_pool().free_all_blocks()
+        free, _ = cupy.cuda.runtime.memGetInfo()
+        gpu.set_precision("float32" if precision == "float32" else "tf32")
+        rng = np.random.default_rng(0)
+        images = rng.standard_normal((batch_size, 32, 32, 3)).astype("float16" if precision == "fp16" else "float32")
+        images, labels = cupy.asarray(images), cupy.asarray(rng.integers(0, 10, batch_size))
+        model, loss_function = minires.ResNet().to("gpu"), minires.SoftmaxCrossEntropy()
+        optimizer = minires.Adam(model.parameters())
+        scale = LOSS_SCALE if precision == "fp16" else 1.0
+
+        def fill_gradients(images, labels):
+            optimizer.zero_grad()
+            loss = loss_function(model(images), labels)
+            model.backward(loss_function.backward(scale), need_dx=False)
+            return loss
+
+        if self.recorded and precision != "float32":
+            fill_gradients = gpu.replay(fill_gradients)
+
+        def train():
+            fill_gradients(images, labels)
+            optimizer.step(1 / scale)
+
+        self.train, self.wait = train, cupy.cuda.Device().synchronize
+        for _ in range(GPU_WARMUP):
+            self.train()
+        self.wait()
+        return free - cupy.cuda.runtime.memGetInfo()[0]
+
+    def time(self):
+        """Return the seconds of a step."""
+        started = time.perf_counter()
+        for _ in range(GPU_STEPS):
+            self.train()
+        self.wait()
+        return (time.perf_counter() - started) / GPU_STEPS
+
+
+class MiniresUnrecorded(MiniresOnGPU):
+    recorded = False
+
+
+class TorchOnGPU:
+    """As PyTorch's users write it for speed: channels last, cuDNN's algorithms tried out, autocast, fused Adam."""
+
+    def __init__(self):
+        import torch
+
+        self.torch, self.version = torch, torch.__version__
+
+    def compiled(self, model):
+        return model
+
+    def prepare(self, precision, batch_size):
+        from torch_resnet import TorchResNet
+
+        torch = self.torch
+        self.train = None
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
+        model = self.compiled(TorchResNet().cuda().to(memory_format=torch.channels_last))
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        loss_function, scaler = torch.nn.CrossEntropyLoss(), torch.amp.GradScaler(enabled=precision == "fp16")
+        images = torch.randn(batch_size, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
+        labels = torch.randint(0, 10, (batch_size,), device="cuda")
+
+        def train():
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.float16, enabled=precision == "fp16"):
+                loss = loss_function(model(images), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        self.train, self.wait = train, torch.cuda.synchronize
+        for _ in range(GPU_WARMUP):
+            self.train()
+        self.wait()
+        return free - torch.cuda.mem_get_info()[0]
+
+    time = MiniresOnGPU.time
+
+
+class TorchCompiledOnGPU(TorchOnGPU):
+    def compiled(self, model):
+        self.torch._dynamo.reset()
+        return self.torch.compile(model, mode="max-autotune")
+
+
+def print_kernels(args):
+    """The milliseconds of each kernel in a training step, beside the least that its memory or its products need.
+
+    The floor of a launch is the bytes of its arrays, each once, at the rate of a copy, or its multiplications at the
+    rate of a large product of cuBLAS, whichever is longer. A launch is timed between two events, which adds about 2
+    microseconds; Python asks for all of them while the GPU is held up, so that none waits for Python.
+    """
+    cupy = gpu_library()
+    large = cupy.random.standard_normal((8192, 8192), dtype="float32")
+    half = large.astype("float16")
+    rates = {"half": 2 * 8192**3 / gpu_seconds(lambda: half @ half), "float": 0.0}
+    rates["float"] = rates["half"] / 2  # of TF32, by its design
+    copy = 2 * large.nbytes / gpu_seconds(lambda: large.copy())
+    print(
+        f"a product of 8192x8192 halves runs at {rates['half'] / 1e12:.0f} TFLOP/s, a copy moves {copy / 1e12:.2f} TB/s"
+    )
+    for precision in args.precision:
+        contestant = MiniresUnrecorded()
+        contestant.prepare(precision, (args.batch_size or [128])[0])
+        launches, launch = [], gpu.launch
+
+        def timed(name, blocks, threads, *arguments, launch=launch, launches=launches, **options):
+            start, end = cupy.cuda.Event(), cupy.cuda.Event()
+            start.record()
+            launch(name, blocks, threads, *arguments, **options)
+            end.record()
+            size = sum(a.nbytes for a in arguments if hasattr(a, "nbytes") and getattr(a, "ndim", 0))
+            floor = max(size / copy, operations(name, arguments) / rates["half" if "<half" in name else "float"])
+            launches.append((name.partition("<")[0], start, end, floor))
+
+        gpu.launch = timed
+        for _ in range(20):
+            large @ large  # so long the GPU has something to do
+        contestant.train()
+        contestant.wait()
+        gpu.launch = launch
+        rows = {}
+        for name, start, end, floor in launches:
+            count, spent, least = rows.get(name, (0, 0.0, 0.0))
+            rows[name] = count + 1, spent + cupy.cuda.get_elapsed_time(start, end), least + 1000 * floor
+        print(f"\n{precision:<28} {'launches':>8} {'ms':>7} {'floor':>7}")
+        for name, (count, spent, least) in sorted(rows.items(), key=lambda row: -row[1][1]):
+            print(f"{name:<28} {count:8} {spent:7.3f} {least:7.3f}")
+        total = [sum(column) for column in zip(*rows.values(), strict=True)]
+        print(f"{'all of gpu.cu':<28} {total[0]:8} {total[1]:7.3f} {total[2]:7.3f}")
+
+
+def operations(name, arguments):
+    """The multiplications and additions of a convolution, from its kernel's arguments; 0 for others."""
+    if not name.startswith("convolve"):
+        return 0
+    if name.startswith("convolve_weight"):
+        dout, partial = arguments[1:3]
+        return 2 * dout.size * (partial.size // len(partial) // dout.shape[-1])
+    source, weight, target = arguments[:3]
+    forward = name.endswith("true>")
+    out = target if forward else source
+    return 2 * out.size * weight.size // out.shape[-1]
+
+
+def gpu_seconds(function):
+    cupy = gpu_library()
+    function()
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record()
+    for _ in range(5):
+        function()
+    end.record()
+    end.synchronize()
+    return cupy.cuda.get_elapsed_time(start, end) / 5 / 1000
 
 
 def print_layers(batch_size, steps):

@@ -375,7 +375,7 @@ def train(args, given, held):
         return loss
 
     step_through = fill_gradients
-    if device == "gpu" and precision != "float32" and args.graph:
+    if device == "gpu" and precision != "float32" and args.graph and minires.kernels.chosen() == "fast":
         fill_gradients = gpu.replay(fill_gradients)
 
     # The loop
@@ -392,6 +392,7 @@ def train(args, given, held):
         left = {"at_once": BATCHES_AT_ONCE[device], "start": done * args.batch_size}
         made = batches(train_images, train_labels, order, args, epoch, dtype, **left)
         for images, labels in ahead(made) if device == "cpu" else made:
+            optimizer.lr = schedule(step, total_steps, args.lr)
             loss = fill_gradients(images, labels)
             last = step + 1 == epoch * batches_per_epoch or bool(interrupted)
             reading = last or step % readings == 0
@@ -399,7 +400,6 @@ def train(args, given, held):
                 again = functools.partial(step_through, images, labels)
                 what = look_again(model, again, loss, step, readings)
                 raise not_finite(what, epoch, step + 1, saved_step, args.lr)
-            optimizer.lr = schedule(step, total_steps, args.lr)
             optimizer.step(1 / loss_scale)
             if average:
                 average.update()

@@ -114,7 +114,9 @@ def training_state(model, optimizer, average=None):
     """
     state = {f"model.{name}": array for name, array in model.state_dict().items()}
     state |= {name: to_numpy(array) for name, array in _kept_arrays(model, optimizer, average).items()}
-    return state | {name: np.asarray(vars(owner)[count]) for name, owner, count in _counts(model, optimizer, average)}
+    return state | {
+        name: np.asarray(int(vars(owner)[count])) for name, owner, count in _counts(model, optimizer, average)
+    }
 
 
 def restore_training_state(model, optimizer, average, state):

@@ -480,7 +480,7 @@ def test_mistakes_end_with_one_line(flags, environment, code, line):
             1,
             "run/log.csv: No space left on device; what was there",
         ),
-        (MemoryError("9 GB"), 1, r"out of memory \(9 GB\): try a smaller --batch-size"),
+        (MemoryError("out of memory: 9 GB"), 1, "out of memory: 9 GB; a run that had begun is in its last checkpoint"),
         (KeyError("x"), 1, r"KeyError: 'x' \(--debug shows the place\)"),
         (CheckpointError("x is damaged"), 2, "x is damaged"),
     ],

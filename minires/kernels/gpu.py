@@ -127,7 +127,7 @@ def kernel(xp, name, shared_bytes):
 
 
 def launch(name, blocks, threads, first, *rest, shared_bytes=0):
-    """Start a kernel of gpu.cu. Python's floats go as float, its integers as the kernel takes them, None as no array."""
+    """Start a kernel of gpu.cu. Python's floats go as float, integers as the kernel takes them, None as no array."""
     xp = array_module(first)
     arguments = tuple(np.float32(a) if isinstance(a, float) else NO_ARRAY if a is None else a for a in (first, *rest))
     kernel(xp, name, shared_bytes)(blocks, threads, arguments, shared_mem=shared_bytes)
@@ -403,7 +403,7 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
 
 
 def is_implicit(x, other, columns, taps):
-    """Whether the tensor cores take a convolution between x and other: a product of so many columns, taps in a window."""
+    """Whether the tensor cores take a convolution between x and other, of so many columns and taps in a window."""
     allowed = x.dtype == "float16" or _precision == "tf32"
     counted = max(x.size, other.size) < INDEX_LIMIT and taps <= MOST_TAPS
     return allowed and counted and columns % COLUMNS_OF_A_TILE == 0
