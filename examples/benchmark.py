@@ -31,7 +31,8 @@ from minires.kernels.threads import run
 from minires.summary import output_shapes, parts_first
 
 WARMUP = 2  # steps that are not timed
-GPU_WARMUP, GPU_STEPS = 8, 30  # PyTorch tries its algorithms out in the first steps
+GPU_WARMUP = 8  # PyTorch tries its algorithms out in the first steps
+GPU_SECONDS = 0.3  # of steps that are timed together
 PRECISIONS = ("fp16", "tf32", "float32")
 LOSS_SCALE = 1024.0  # with fp16
 EPOCH = 40_000  # images
@@ -237,7 +238,8 @@ def benchmark_gpu(args):
     workers = {name: Worker(contestant) for name, contestant in contestants.items()}
     print("versions: " + ", ".join(f"{name} {worker.ask('version')}" for name, worker in workers.items()) + "\n")
     print(
-        f"{'':<9} {'batch':>5}  {'':<21} {'ms a step':>9} {'from':>7} {'to':>7} {'s an epoch':>10} {'MB':>6}  minires is"
+        f"{'':<9} {'batch':>5}  {'':<21} {'ms a step':>9} {'from':>7} {'to':>7} {'s an epoch':>10} {'MB':>6}"
+        "  minires is"
     )
     for precision in args.precision:
         for batch_size in args.batch_size or [128, 512, 1024]:
@@ -293,18 +295,21 @@ class MiniresOnGPU:
             optimizer.step(1 / scale)
 
         self.train, self.wait = train, cupy.cuda.Device().synchronize
-        for _ in range(GPU_WARMUP):
-            self.train()
-        self.wait()
+        self.warm_up()
         return free - cupy.cuda.runtime.memGetInfo()[0]
+
+    def warm_up(self):
+        self.steps = GPU_WARMUP
+        self.time()
+        self.steps = max(5, int(GPU_SECONDS / self.time()))
 
     def time(self):
         """Return the seconds of a step."""
         started = time.perf_counter()
-        for _ in range(GPU_STEPS):
+        for _ in range(self.steps):
             self.train()
         self.wait()
-        return (time.perf_counter() - started) / GPU_STEPS
+        return (time.perf_counter() - started) / self.steps
 
 
 class MiniresUnrecorded(MiniresOnGPU):
@@ -346,12 +351,10 @@ class TorchOnGPU:
             scaler.update()
 
         self.train, self.wait = train, torch.cuda.synchronize
-        for _ in range(GPU_WARMUP):
-            self.train()
-        self.wait()
+        self.warm_up()
         return free - torch.cuda.mem_get_info()[0]
 
-    time = MiniresOnGPU.time
+    warm_up, time = MiniresOnGPU.warm_up, MiniresOnGPU.time
 
 
 class TorchCompiledOnGPU(TorchOnGPU):

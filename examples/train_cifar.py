@@ -93,13 +93,14 @@ RECIPES = {
         "full_train": False,
     },
     "fast": {
-        # Page 2018, "How to train your ResNet": the rate (0.4 for batches of 512), the weight decay, the shape of the
-        # schedule, cutout of 8. He et al. 2019, "Bag of tricks": smoothing, no decay on vectors.
-        # Jordan 2024, "94% on CIFAR-10 in 3.29 seconds": alternating flip, mirrored test images. The average is over
-        # about half an epoch.
+        # Page 2018, "How to train your ResNet": the weight decay, the shape of the schedule, cutout of 8. He et al. 2019,
+        # "Bag of tricks": smoothing, no decay on vectors. Jordan 2024, "94% on CIFAR-10 in 3.29 seconds": alternating
+        # flip, mirrored test images. The average is over about half an epoch. The rate, twice Page's for a batch of this
+        # size, and the cutout were compared by validation accuracy, one seed each: 0.2 with cutout 93.86 %, without
+        # 93.62 %; 0.1 was behind both.
         "epochs": 30,
         "optimizer": "sgd",
-        "lr": 0.1,
+        "lr": 0.2,
         "schedule": "triangular",
         "weight_decay": 5e-4,
         "decay_vectors": False,
@@ -112,11 +113,12 @@ RECIPES = {
         "full_train": True,
     },
     "best": {
-        # Müller and Hutter 2021, "TrivialAugment": optimizer, rate, weight decay, schedule, epochs, augmentation with
-        # cutout of 16. The rest as in fast, with an average over two and a half epochs.
+        # Müller and Hutter 2021, "TrivialAugment": optimizer, rate (0.1 for batches of 128), weight decay, schedule,
+        # epochs, augmentation with cutout of 16. The rest as in fast, with an average over five epochs.
         "epochs": 200,
+        "batch_size": 256,
         "optimizer": "sgd",
-        "lr": 0.1,
+        "lr": 0.2,
         "schedule": "cosine",
         "weight_decay": 5e-4,
         "decay_vectors": False,
@@ -151,7 +153,8 @@ def parse_arguments():
     add(
         "--precision",
         choices=list(PRECISIONS),
-        help="of convolutions; on a GPU also tf32 (its default) and fp16, with weights and sums in float32",
+        help="of convolutions: on the CPU float32; on a GPU also tf32, the default there for the report's recipe, and "
+        "fp16, the default for others, with weights and sums in float32",
     )
     add("--graph", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, record a step and replay it")
     add("--data", metavar="sample|DIR", help="the built-in sample or a folder; default $MINIRES_DATA, ~/.cache/minires")
@@ -270,7 +273,8 @@ def train(args, given, held):
 
     # Data: one split, images as bytes on the device
     device = choose_device(args.device)
-    args.precision = args.precision or ("tf32" if device == "gpu" else "float32")
+    if args.precision is None:
+        args.precision = "float32" if device == "cpu" else "tf32" if args.recipe == "report" else "fp16"
     if device == "cpu" and args.precision != "float32" and not args.resume:
         raise UsageError(f"--precision {args.precision} needs a GPU; the CPU computes in float32")
     precision = args.precision if device == "gpu" else "float32"  # a GPU's run can go on on a CPU

@@ -3,9 +3,16 @@
 The kernels one by one are in test_gpu_kernels.py.
 """
 
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 from conftest import relative_error
+from safetensors.numpy import load_file
 
 from minires import SGD, Adam, ResNet, SoftmaxCrossEntropy, check_gradients, kernels
 from minires.augment import normalize, random_crop, random_flip
@@ -14,6 +21,7 @@ from minires.cifar10 import MEAN, STD
 from minires.kernels import gpu
 
 pytestmark = pytest.mark.gpu
+TRAIN = pathlib.Path(__file__).parent.parent / "examples" / "train_cifar.py"
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +182,19 @@ def test_a_state_moves_to_the_gpu_and_back():
     moved.load_state_dict(state)
     for name, array in moved.to("cpu").state_dict().items():
         np.testing.assert_array_equal(array, state[name])
+
+
+@pytest.mark.parametrize("recipe", ["report", "fast"])
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, recipe):
+    flags = ["--device", "gpu", "--data", "sample", "--recipe", recipe, "--epochs", "2", "--batch-size", "50"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([sys.executable, TRAIN, *flags, "--out", whole], check=True)
+    run = subprocess.Popen([sys.executable, TRAIN, *flags, "--checkpoint-every", "0", "--out", killed])
+    while not (killed / "previous.safetensors").exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    subprocess.run([sys.executable, TRAIN, "--resume", killed], check=True)
+    expected, actual = (load_file(folder / "best.safetensors") for folder in (whole, killed))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
