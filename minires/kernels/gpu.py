@@ -264,10 +264,13 @@ def whole_numbers(labels):
 # Batch normalisation
 
 
-def rectangle(x):
-    """How a batch is laid over blocks: (names' template arguments, blocks, threads, rows in a chunk), see gpu.cu."""
+def rectangle(x, *others):
+    """How a batch, and others beside it, is laid over blocks, see gpu.cu.
+
+    Returns     the template arguments as a kernel's name has them, blocks, threads, rows in a chunk
+    """
     C = x.shape[-1]
-    V, rows = vector(C, x), ROWS[str(x.dtype)]
+    V, rows = vector(C, x, *(other for other in others if other is not None)), ROWS[str(x.dtype)]
     lanes = min(32, 1 << (C // V - 1).bit_length())
     chunk = rows * (THREADS // lanes)
     blocks = (-(-x.size // C // chunk), -(-C // V // lanes))
@@ -296,7 +299,7 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     """See `reference.batch_norm_inference`."""
     x, residual = contiguous(x, residual)
     out = array_module(x).empty_like(x)
-    template, blocks, threads, _ = rectangle(x)
+    template, blocks, threads, _ = rectangle(x, residual)
     C = x.shape[-1]
     launch(
         "batch_norm_apply" + template, blocks, threads,
@@ -311,7 +314,7 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_d
     dout, x, out = contiguous(dout, x, out)
     C = x.shape[-1]
     M = x.size // C
-    template, blocks, threads, _ = rectangle(x)
+    template, blocks, threads, _ = rectangle(x, dout, out)
     partial = xp.empty((blocks[0], 2, C), "float32")
     dbias, dweight, dx = xp.empty(C, "float32"), xp.empty(C, "float32"), xp.empty_like(x)
     masked = xp.empty_like(x) if need_dresidual and relu else None
@@ -398,7 +401,7 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
     dweight = xp.zeros((kh * kw * C, O), "float32")
     for images in chunks_of_images(x, kh * kw * C * oh * ow):
         columns = im2col(x[images], (kh, kw), stride, padding).reshape(-1, kh * kw * C)
-        dweight += columns.T @ dout[images].reshape(-1, O)
+        dweight += columns.astype("float32", copy=False).T @ dout[images].reshape(-1, O).astype("float32", copy=False)
     return dweight.reshape(weight_shape)
 
 
