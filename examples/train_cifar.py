@@ -272,11 +272,12 @@ def train(args, given, held):
 
     # Data: one split, images as bytes on the device
     device = choose_device(args.device)
+    tensor_cores = device == "gpu" and minires.kernels.chosen() == "fast"
     if args.precision is None:
-        args.precision = "float32" if device == "cpu" else "tf32" if args.recipe == "report" else "fp16"
-    if device == "cpu" and args.precision != "float32" and not args.resume:
-        raise UsageError(f"--precision {args.precision} needs a GPU; the CPU computes in float32")
-    precision = args.precision if device == "gpu" else "float32"  # a GPU's run can go on on a CPU
+        args.precision = "float32" if not tensor_cores else "tf32" if args.recipe == "report" else "fp16"
+    if args.precision != "float32" and not tensor_cores and not args.resume:
+        raise UsageError(f"--precision {args.precision} needs a GPU and its fast kernels; without, it is float32")
+    precision = args.precision if tensor_cores else "float32"  # a GPU's run can go on on a CPU
     gpu.set_precision("float32" if precision == "float32" else "tf32")
     dtype, loss_scale = PRECISIONS[precision], LOSS_SCALE if precision == "fp16" else 1.0
     data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data, or_download=True)
@@ -378,7 +379,7 @@ def train(args, given, held):
         return loss
 
     step_through = fill_gradients
-    if device == "gpu" and precision != "float32" and args.graph and minires.kernels.chosen() == "fast":
+    if precision != "float32" and args.graph:
         fill_gradients = gpu.replay(fill_gradients)
 
     # The loop

@@ -157,7 +157,7 @@ def test_a_run_of_the_fast_recipe_does_what_a_loop_written_apart_from_it_does(tm
 
     data, model = load_sample(), ResNet(seed=3)
     loss_function, step = SoftmaxCrossEntropy(0.1), 0
-    optimizer = SGD(model.parameters(), 0.1, 0.9, True, weight_decay=5e-4, decay_vectors=False, max_norm=0.5)
+    optimizer = SGD(model.parameters(), 0.2, 0.9, True, weight_decay=5e-4, decay_vectors=False, max_norm=0.5)
     model.dropout.p = 0.0
     average = [p.data.copy() for p in model.parameters()]
     for epoch in (1, 2):
@@ -169,7 +169,7 @@ def test_a_run_of_the_fast_recipe_does_what_a_loop_written_apart_from_it_does(tm
             optimizer.zero_grad()
             loss_function(model(x), labels)
             model.backward(loss_function.backward())
-            optimizer.lr = triangular(step, 6, 0.1)
+            optimizer.lr = triangular(step, 6, 0.2)
             optimizer.step()
             step += 1
             decay = (1 + step) / (10 + step)

@@ -95,15 +95,10 @@ def truth():
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "coarser"),
-    [
-        ("float64", "float64", 2**-29),
-        ("float32", "float32", 1),
-        ("tf32", "float32", 2**13),
-        ("float16", "float16", 2**13),
-    ],
+    [("float64", "float64", 0), ("float32", "float32", 1), ("tf32", "float32", 2**13), ("float16", "float16", 2**13)],
 )
 def test_a_training_step_agrees_with_the_cpu(truth, precision, dtype, coarser):
-    """Loss, every gradient and the running statistics; an error that grows with the square root of the rounding."""
+    """Loss, every gradient and the running statistics; what flips a ReLU grows with the square root of the rounding."""
     gpu.set_precision("tf32" if precision == "tf32" else "float32")
     master = "float64" if dtype == "float64" else "float32"
     losses, gradients, state = one_step("gpu", master, dtype, scale=1024.0 if dtype == "float16" else 1.0)
@@ -116,9 +111,9 @@ def test_a_training_step_agrees_with_the_cpu(truth, precision, dtype, coarser):
         f"largest {max(errors.values()):.1e} (float32 on the CPU {rounding:.1e}), "
         f"running statistics {max(running.values()):.1e}"
     )
-    assert max(errors.values()) < 4 * rounding * coarser**0.5
-    assert max(running.values()) < 1e-6 * coarser
-    assert loss_error < 1e-6 * coarser
+    assert max(errors.values()) < 4 * rounding * coarser**0.5 + 1e-10
+    assert max(running.values()) < 1e-6 * coarser + 1e-11
+    assert loss_error < 1e-6 * coarser + 1e-12
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])

@@ -39,7 +39,7 @@ TYPES = {"float32": "float", "float16": "half", "uint8": "byte", "int64": "long 
 THREADS = 256  # in a block, unless a kernel says otherwise
 ROWS = {"float32": 16, "float16": 8}  # that a thread of batch normalisation keeps: 64 numbers in registers
 SMALL_PRODUCT = 2**24  # multiplications up to which cuBLAS is not worth its launch
-COLUMN_BYTES = 2**28  # columns that exist at one time
+COLUMN_BYTES = 2**27  # columns that exist at one time; longer sums in cuBLAS would lose a digit
 
 # Tiles of the implicit convolutions: rows, columns, rows and columns of a warp, steps under way, bytes of a step along
 # the inner dimension. The largest comes first. Found by trying on an H200; they decide in which order sums are added.
