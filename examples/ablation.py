@@ -19,7 +19,7 @@ import subprocess
 import sys
 
 import numpy as np
-from train_cifar import at_least
+from recipes import at_least
 
 from minires import plots
 
