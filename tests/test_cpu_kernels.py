@@ -473,8 +473,9 @@ def test_several_threads_of_the_caller_get_the_same_bits(rng):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_can_compute():
     code = (
-        "import os, numpy as np; from minires.kernels import threads; threads.set_num_threads(2); "
-        "threads.run(abs, range(4)); pid = os.fork(); assert threads.run(abs, range(4)) == [0, 1, 2, 3]; "
+        "import os, numpy as np; from minires.kernels import memory, threads; threads.set_num_threads(2); "
+        "threads.run(abs, range(4)); memory._taking.acquire(); pid = os.fork(); "  # as if another thread held it
+        "assert pid or len(memory.fresh((2**20,))) == 2**20; assert threads.run(abs, range(4)) == [0, 1, 2, 3]; "
         "os._exit(0) if pid == 0 else os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

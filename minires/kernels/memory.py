@@ -7,6 +7,7 @@ space of a thread from call to call (`scratch`), and the memory of a result unti
 """
 
 import math
+import os
 import threading
 
 import numpy as np
@@ -52,6 +53,16 @@ def _take(size):
         while _idle and let_go < size:
             let_go += _idle.pop(0).size
     return np.empty(size, np.float32)
+
+
+def _forget_the_lock():
+    """After a fork, the child's copy of the lock may be held by a thread that it does not have."""
+    global _taking
+    _taking = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_lock)
 
 
 class _Loan:
