@@ -14,7 +14,6 @@ Compare variants by their validation accuracy; the test accuracy is what to repo
 import argparse
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -55,7 +54,7 @@ STUDIES = {
         "dropout 0.5": ["--recipe", "fast", "--dropout", "0.5"],
     },
 }
-COLUMNS = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss", "seconds")
+COLUMNS = ("validation_accuracy", "validation_loss", "test_accuracy", "test_accuracy_tta", "test_loss", "seconds")
 
 
 def parse_arguments():
@@ -75,6 +74,9 @@ def parse_arguments():
         parser.error(
             f"--variants: {unknown[0]!r} is not in the study {args.study}, which has " + "; ".join(STUDIES[args.study])
         )
+    for flag in ("--full-train", "--seed", "--resume"):
+        if flag in args.shared:
+            parser.error(f"{flag} is for train_cifar.py: a study has validation images, and seeds of its own (--seeds)")
     args.out = args.out or pathlib.Path("runs", f"ablation-{args.study}")
     return args
 
@@ -103,7 +105,7 @@ def folder_of(out, variant):
 
 
 def is_made(folder, options):
-    """Tell whether a run is complete; one that was cut off is removed, to be made again.
+    """Tell whether a run is complete.
 
     Raises      ValueError for a run with other options than are asked for now
     """
@@ -115,14 +117,13 @@ def is_made(folder, options):
             f"{folder} was made with the options {' '.join(made_with)}, and asked for are {' '.join(options)}: "
             "name another --out"
         )
-    if (folder / "result.json").exists():
-        return True
-    shutil.rmtree(folder)
-    return False
+    return (folder / "result.json").exists()
 
 
 def train(folder, options):
-    """Run train_cifar.py in a folder to be; its options are kept beside it, for `is_made`."""
+    """Run train_cifar.py in a folder to be; its options are kept beside it, for `is_made`. What was cut off goes on."""
+    if (folder / "config.json").exists():
+        return subprocess.run([sys.executable, TRAIN, "--resume", folder]).returncode
     folder.parent.mkdir(parents=True, exist_ok=True)
     (folder.parent / f"{folder.name}.json").write_text(json.dumps(options) + "\n")
     return subprocess.run([sys.executable, TRAIN, *options, "--out", folder]).returncode
@@ -137,16 +138,18 @@ def write_table(args, variants):
         if files:
             results = [json.loads(file.read_text()) for file in files]
             parameters = json.loads((files[0].parent / "config.json").read_text())["parameters"]
-            rows.append((name, parameters, {column: [result[column] for result in results] for column in COLUMNS}))
+            rows.append((name, parameters, {column: [result.get(column) for result in results] for column in COLUMNS}))
     lines = [
-        "| variant | parameters | runs | validation accuracy | validation loss | test accuracy | test loss | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | parameters | runs | validation accuracy | validation loss | test accuracy | with mirror images "
+        "| test loss | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, parameters, results in rows:
         cells = [
             spread(results["validation_accuracy"], 100, " %"),
             spread(results["validation_loss"], 1, "", digits=4),
             spread(results["test_accuracy"], 100, " %"),
+            spread(results["test_accuracy_tta"], 100, " %"),
             spread(results["test_loss"], 1, "", digits=4),
             f"{np.mean(results['seconds']):.0f}",
         ]
@@ -161,7 +164,9 @@ def write_table(args, variants):
 
 
 def spread(values, scale, unit, digits=2):
-    """Write the mean of some runs and, of more than one, their standard deviation."""
+    """Write the mean of some runs and, of more than one, their standard deviation; nothing if it was not measured."""
+    if None in values:
+        return ""
     values = scale * np.array(values)
     text = f"{values.mean():.{digits}f}"
     return (text if len(values) == 1 else f"{text} ± {values.std(ddof=1):.{digits}f}") + unit

@@ -56,7 +56,9 @@ def main():
     args = parser.parse_args()
     if args.device == "gpu":
         return benchmark_gpu(args)
-    (args.batch_size,) = args.batch_size or [128]
+    if len(args.batch_size or []) > 1:
+        parser.error("--batch-size takes one size on the CPU")
+    args.batch_size = (args.batch_size or [128])[0]
 
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
     print(f"{num_threads()} threads each, {processor()}, {versions}, batch {args.batch_size}")

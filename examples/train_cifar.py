@@ -65,7 +65,7 @@ from minires.finite import all_finite, first_not_finite
 from minires.kernels import gpu
 
 STEPS_BETWEEN_READINGS = {"cpu": 1, "gpu": 10}  # reading the loss waits for the GPU
-BATCHES_AT_ONCE = {"cpu": 1, "gpu": 40}  # that are augmented together: on a GPU, many small launches take longer
+IMAGES_AT_ONCE = {"cpu": 1, "gpu": 5120}  # that are augmented together: on a GPU, many small launches take longer
 LOSS_SCALE = 1024.0  # with fp16: small gradients stay above 0, and the largest far below the limit of 65,504
 STATISTICS_IMAGES = 5000  # with which BatchNorm's statistics are measured for averaged weights, one in eight or ten
 
@@ -97,7 +97,7 @@ def train(args, given, held):
 
     # Data: one split, images as bytes on the device
     device = choose_device(args.device)
-    tensor_cores = device == "gpu" and minires.kernels.chosen() == "fast"
+    tensor_cores = device == "gpu" and minires.kernels.chosen() == "fast" and gpu.is_for(minires.backend.gpu_library())
     if args.precision is None:
         args.precision = "float32" if not tensor_cores else "tf32" if args.recipe == "report" else "fp16"
     if args.precision != "float32" and not tensor_cores and not args.resume:
@@ -218,8 +218,8 @@ def train(args, given, held):
         order = np.random.default_rng([args.seed, epoch]).permutation(len(train_images))
         progress = Progress(f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch, done)
         order = to_device(order[: batches_per_epoch * args.batch_size], device)
-        left = {"at_once": BATCHES_AT_ONCE[device], "start": done * args.batch_size}
-        made = batches(train_images, train_labels, order, args, epoch, dtype, **left)
+        at_once = max(1, IMAGES_AT_ONCE[device] // args.batch_size)
+        made = batches(train_images, train_labels, order, args, epoch, dtype, at_once, start=done * args.batch_size)
         for images, labels in ahead(made) if device == "cpu" else made:
             optimizer.lr = schedule(step, total_steps, args.lr)
             loss = fill_gradients(images, labels)

@@ -11,7 +11,7 @@ from minires.loss import SoftmaxCrossEntropy
 
 
 def measure_statistics(model, batches):
-    """Set the running statistics of every BatchNorm to their mean over some batches of images.
+    """Set the running statistics of every BatchNorm to their mean over some batches, by the number of images in each.
 
     For weights that no training step has left behind, averages of weights above all. Other layers, dropout among them,
     are in evaluation mode meanwhile; each part's mode is restored.
@@ -23,9 +23,11 @@ def measure_statistics(model, batches):
     momenta = [norm.momentum for norm in norms]
     with evaluation_mode(model):
         try:
-            for count, images in enumerate(batches, start=1):
+            seen = 0
+            for images in batches:
+                seen += len(images)
                 for norm in norms:
-                    norm.training, norm.momentum = True, 1 / count  # the mean of all batches so far
+                    norm.training, norm.momentum = True, len(images) / seen  # the mean over all images so far
                 model(images)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

@@ -58,8 +58,7 @@ class Dropout(Module):
             self._keep(None)
             return x
         xp = array_module(x)
-        if xp is not np:
-            self.step = xp.asarray(self.step, dtype="uint64")
+        self.step = int(self.step) if xp is np else xp.asarray(self.step, dtype="uint64")
         self.step += 1  # in place if it is an array; backward comes before the next forward, so it finds the same
         self._keep(self.step)
         return kernels_for(x).dropout_forward(x, self.p, self.key, self.step)

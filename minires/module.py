@@ -45,7 +45,14 @@ class Parameter(Buffer):
 
 
 def move(x, device, dtype):
-    """Return x on the device and in the dtype; None leaves either as it is."""
+    """Return x on the device and in the dtype; None leaves either as it is.
+
+    Raises      ValueError for float16, in which small steps of training would be lost
+    """
+    if dtype is not None and np.dtype(dtype).itemsize < 4:
+        raise ValueError(
+            f"parameters are float32 or float64, got {np.dtype(dtype)}: on a GPU, float32 ones go with 16-bit images too"
+        )
     x = x if device is None else to_device(x, device)
     return x if dtype is None else x.astype(dtype)
 

@@ -74,7 +74,8 @@ static unsigned current, alive;
 static std::function<void()> body;
 
 static void fail(const char* what) {
-    fprintf(stderr, "CUDA emulator: %s, block (%u, %u, %u), thread %u\n", what, blockIdx.x, blockIdx.y, blockIdx.z, current);
+    fprintf(stderr, "CUDA emulator: %s, block (%u, %u, %u), thread %u\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
+            current);
     abort();
 }
 static void wait(Barrier& barrier, const unsigned& expected) {
@@ -191,7 +192,8 @@ static void multiply(float (&c)[4], const unsigned (&a)[4], const unsigned* b, u
 }  // namespace emulator
 
 static void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::alive); }
-template <typename V> static V __shfl_xor_sync(unsigned, V value, int mask) {
+template <typename V>
+static V __shfl_xor_sync(unsigned, V value, int mask) {
     emulator::Warp& w = emulator::warp();
     w.value[emulator::current % 32] = value;
     emulator::wait_for_warp();
@@ -208,7 +210,8 @@ static void end_of_copies() {
     fiber.groups.push_back(std::move(fiber.open));
     fiber.open.clear();
 }
-template <int N> static void wait_for_copies() {
+template <int N>
+static void wait_for_copies() {
     auto& groups = emulator::fibers[emulator::current].groups;
     for (; groups.size() > N; groups.pop_front())
         for (const auto& copy : groups.front()) emulator::carry_out(copy);
@@ -228,7 +231,8 @@ template <typename... A, size_t... I>
 void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
     kernel(*(std::remove_const_t<A>*)arguments[I]...);
 }
-template <typename... A> void launch(void (*kernel)(A...), const unsigned* blocks, const unsigned* threads, void** arguments) {
+template <typename... A>
+void launch(void (*kernel)(A...), const unsigned* blocks, const unsigned* threads, void** arguments) {
     run({blocks[0], blocks[1], blocks[2]}, {threads[0], threads[1], threads[2]},
         [=] { call(kernel, arguments, std::index_sequence_for<A...>()); });
 }

@@ -218,6 +218,40 @@ def test_every_tile_of_the_implicit_convolution(xp, rng, precision, place, monke
         assert_close(actual, expected, BOUNDS[precision])
 
 
+def test_nan_and_infinity_are_kept(xp, rng, precision):
+    """CUDA's own NaN has all bits set, which an addition to them would turn into 0; and a rectifier must not hide one."""
+    dtype = "float16" if precision == "float16" else "float32"
+    for bad in (np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0], np.float32(np.inf)):
+        x, weight = draw(rng, "float32", 2, 4, 4, 64), draw(rng, "float32", 3, 3, 64, 64)
+        weight[1, 1] = x[0] = 1.0
+        x = x.astype(dtype)
+        x[0, 1, 1, 5] = bad
+        sent, weight_sent = xp.asarray(x), xp.asarray(weight.astype(np.float32))
+        out = xp.asnumpy(gpu.conv2d_forward(sent, weight_sent, None, 1, 1))
+        assert not np.isfinite(out[0, 1, 1]).any()
+        assert np.isfinite(out[1]).all()
+        ones, zeros = (xp.asarray(np.full(64, value, np.float32)) for value in (1, 0))
+        normalised = xp.asnumpy(gpu.batch_norm_inference(sent, ones, zeros, zeros, ones, 1e-5, None, True))
+        assert not np.isfinite(normalised[0, 1, 1, 5])
+
+
+def test_a_gradient_of_another_dtype_and_memory_with_gaps(xp, rng, dtype):
+    """float32 from a loss meets 16-bit images; and a slice may begin anywhere."""
+    x, weight = draw(rng, dtype, 2, 4, 4, 64), draw(rng, "float32", 3, 3, 64, 64)
+    dout = draw(rng, dtype, 2, 4, 4, 64)
+    expected = reference.conv2d_backward(dout, x, weight, 1, 1)
+    buffer = xp.asarray(np.concatenate([[0], x.ravel()]).astype(dtype))
+    shifted = buffer[1:].reshape(x.shape)  # 2 or 4 bytes from where 16 could be read
+    transposed = xp.asarray(weight.astype(np.float32).transpose(1, 0, 2, 3).copy()).transpose(1, 0, 2, 3)
+    actual = gpu.conv2d_backward(xp.asarray(dout.astype(np.float32)), shifted, transposed, 1, 1)
+    assert_close([xp.asnumpy(a) for a in actual], expected, 2 * BOUNDS["tf32" if dtype == "float32" else dtype])
+    mean, var, weights = draw(rng, "float32", 64), draw(rng, "float32", 64) ** 2, draw(rng, "float32", 64)
+    expected = reference.batch_norm_backward(dout, x, None, weights, mean, var, 1e-5)
+    vectors = [xp.asarray(np.stack([v, v], axis=1).astype(np.float32))[:, 0] for v in (weights, mean, var)]
+    actual = gpu.batch_norm_backward(xp.asarray(dout.astype(np.float32)), shifted, None, *vectors, 1e-5)
+    assert_close([xp.asnumpy(a) for a in actual], expected, 10 * BOUNDS[dtype])
+
+
 def test_columns_and_their_adjoint(xp, rng, dtype):
     for shape, k, stride, padding in (((2, 7, 6, 16), 3, 2, 1), ((2, 5, 5, 3), 2, 1, 0), ((1, 4, 4, 8), 1, 3, 2)):
         x = draw(rng, dtype, *shape)
@@ -233,6 +267,7 @@ def test_columns_and_their_adjoint(xp, rng, dtype):
 def test_linear(xp, rng, dtype, monkeypatch):
     for small in (2**22, 0):
         monkeypatch.setattr(gpu, "SMALL_PRODUCT", small)
+        monkeypatch.setattr(gpu, "NARROW_PRODUCT", 0)
         x, weight, bias = draw(rng, dtype, 7, 70), draw(rng, "float32", 70, 10), draw(rng, "float32", 10)
         for b in (None, bias):
             actual = call(xp, gpu.linear_forward, x, weight, b, dtype=dtype, parameters=(1, 2))

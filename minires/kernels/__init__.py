@@ -2,7 +2,8 @@
 
 A layer keeps state and asks `kernels_for(x)` for the set that serves its arrays. `reference` is the mathematics and
 serves every array, NumPy's and CuPy's alike. A faster set offers the same names with the same arguments, takes from
-the reference what it has no better version of, and is held equal to it by a test: `cpu` serves NumPy's float32.
+the reference what it has no better version of, and is held equal to it by a test: `cpu` serves NumPy's float32, `gpu`
+CuPy's float32 and float16.
 
 To step through the mathematics, or to see what the speed costs in digits, run with MINIRES_KERNELS=reference, or in
 Python:
@@ -18,6 +19,7 @@ import os
 
 import numpy as np
 
+from minires.backend import array_module
 from minires.kernels import cpu, gpu, reference
 from minires.kernels.threads import num_threads, set_num_threads  # noqa: F401  (part of what this package offers)
 
@@ -31,7 +33,7 @@ def kernels_for(x):
         return reference
     if type(x) is np.ndarray:
         return cpu if x.dtype == np.float32 else reference
-    return gpu if x.dtype in (np.float32, np.float16) else reference
+    return gpu if x.dtype in (np.float32, np.float16) and gpu.is_for(array_module(x)) else reference
 
 
 def chosen():

@@ -24,10 +24,14 @@ __device__ __forceinline__ void copy16(void* shared, const void* global, bool in
 }
 // Close a group of copies; wait until at most N of the latest groups are under way.
 __device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;\n"); }
-template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;\n" ::"n"(N)); }
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(N));
+}
 
 // Load four 8x8 matrices of halves (or 8x4 of floats), a row's 16 bytes from the address that each lane gives; lane l
-// gets the 4 bytes at row l / 4, place l % 4 of each. Transposed, it gets elements (2 (l % 4), l / 4) and the next row's.
+// gets the 4 bytes at row l / 4, place l % 4 of each. Transposed, it gets elements (2 (l % 4), l / 4) and the next
+// row's.
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -55,15 +59,19 @@ __device__ __forceinline__ void multiply_add(float, float (&c)[4], const unsigne
 #endif
 
 typedef unsigned char byte;
+constexpr float LARGEST = 3.402823466e38f;  // of all finite floats
 
 // V neighbours in memory, moved as one
-template <typename T, int V> struct alignas(V * sizeof(T)) Pack {
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Pack {
     T item[V];
 };
-template <int V, typename T> __device__ __forceinline__ Pack<T, V> load(const T* from) {
+template <int V, typename T>
+__device__ __forceinline__ Pack<T, V> load(const T* from) {
     return *reinterpret_cast<const Pack<T, V>*>(from);
 }
-template <int V, typename T> __device__ __forceinline__ void store(T* to, const Pack<T, V>& pack) {
+template <int V, typename T>
+__device__ __forceinline__ void store(T* to, const Pack<T, V>& pack) {
     *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
@@ -109,7 +117,8 @@ __global__ void dropout(const T* x, T* out, long long size, unsigned threshold, 
 // ---------------------------------------------------------------------------------------------------------------------
 
 // out = a + b.   Grid: a thread for V elements.   Bytes: 3 of a
-template <typename T, int V> __global__ void add(const T* a, const T* b, T* out, long long size) {
+template <typename T, int V>
+__global__ void add(const T* a, const T* b, T* out, long long size) {
     const long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * V;
     if (i >= size) return;
     const Pack<T, V> p = load<V>(a + i), q = load<V>(b + i);
@@ -119,7 +128,8 @@ template <typename T, int V> __global__ void add(const T* a, const T* b, T* out,
 }
 
 // out[n, c] = mean over the pixels.   Grid: a thread for V channels of an image.   Bytes: 1 of x
-template <typename T, int V> __global__ void average_pool(const T* x, T* out, int N, int pixels, int C) {
+template <typename T, int V>
+__global__ void average_pool(const T* x, T* out, int N, int pixels, int C) {
     const int i = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= N * C) return;
     const T* from = x + (long long)(i / C) * pixels * C + i % C;
@@ -159,7 +169,8 @@ __global__ void small_product(const A* a, const B* b, const float* bias, T* out,
 }
 
 // The sum over rows, in double.   Grid: a warp for each of C columns
-template <typename T> __global__ void column_sums(const T* x, float* out, int rows, int C) {
+template <typename T>
+__global__ void column_sums(const T* x, float* out, int rows, int C) {
     const int c = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (c >= C) return;
     double sum = 0;
@@ -177,7 +188,7 @@ __global__ void softmax_cross_entropy(const T* logits, const L* labels, float* p
     double total = 0;
     for (int n = warp; n < N; n += warps) {
         const T* row = logits + (long long)n * K;
-        float largest = -3.402823466e38f;  // of all floats the smallest
+        float largest = -LARGEST;
         for (int k = lane; k < K; k += 32) largest = fmaxf(largest, float(row[k]));
         for (int other = 16; other; other /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
         float sum = 0, shifted_sum = 0;
@@ -192,7 +203,8 @@ __global__ void softmax_cross_entropy(const T* logits, const L* labels, float* p
         for (int k = lane; k < K; k += 32) probabilities[(long long)n * K + k] = expf(float(row[k]) - largest) / sum;
         const float log_sum = logf(sum);
         const float of_label = float(row[labels[n]]) - largest;
-        total += (1 - smoothing) * (log_sum - of_label) + smoothing * (log_sum - shifted_sum / K);
+        total += (1 - smoothing) * (log_sum - of_label);
+        if (smoothing > 0) total += smoothing * (log_sum - shifted_sum / K);  // 0 * infinity would be NaN
     }
     if (lane == 0) row_losses[warp] = total;
     __syncthreads();
@@ -218,12 +230,13 @@ __global__ void softmax_cross_entropy_backward(const float* probabilities, const
 //
 // A block's threads stand in a rectangle: threadIdx.x is the place among the channels (V of them), threadIdx.y the row.
 // A block takes a chunk of ROWS rows for each of its threads; blockIdx.x counts chunks, blockIdx.y slices of channels.
-// blockDim.x is a power of 2 up to 32, and there are 256 threads. Where the last chunk is not full, its threads read the
-// last row again and leave it out: loads without a condition can all be under way at once.
+// blockDim.x is a power of 2 up to 32, and there are 256 threads. Where the last chunk is not full, its threads read
+// the last row again and leave it out: loads without a condition can all be under way at once.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Add up each of V values over the rows of the block's threads; every thread gets the sums of its channels.
-template <int V> __device__ __forceinline__ void sum_over_block(float (&value)[V], float* shared) {
+template <int V>
+__device__ __forceinline__ void sum_over_block(float (&value)[V], float* shared) {
     const int lanes = blockDim.x, thread = threadIdx.y * lanes + threadIdx.x;
     for (int other = lanes; other < 32; other *= 2)
         for (int v = 0; v < V; ++v) value[v] += __shfl_xor_sync(0xffffffffu, value[v], other);
@@ -281,9 +294,9 @@ __device__ __forceinline__ double sum_over_columns(double value, double (*shared
     return sum;
 }
 
-// Stage two: mean and variance from those of all chunks. Around the mean of all rows, a chunk's sum of squares is larger
-// by count (mean of the chunk - mean)^2. Source: Chan, Golub and LeVeque 1979.
-// Grid: 8 channels a block, 32 threads for each.   Bytes: the partials
+// Stage two: mean and variance from those of all chunks. Around the mean of all rows, a chunk's sum of squares is
+// larger by count (mean of the chunk - mean)^2. Source: Chan, Golub and LeVeque 1979. Grid: 8 channels a block, 32
+// threads for each.   Bytes: the partials
 __global__ void __launch_bounds__(256)
     batch_norm_merge(const float* partial, float* mean, float* var, int chunks, int chunk_rows, int M, int C) {
     __shared__ double shared[32][9];
@@ -337,7 +350,7 @@ __global__ void __launch_bounds__(256)
         if (residual) r = load<V>(residual + at);
         for (int v = 0; v < V; ++v) {
             const float y = (float(p.item[v]) - centre[v]) * scale[v] + shift[v] + float(r.item[v]);
-            result.item[v] = T(relu ? fmaxf(y, 0.f) : y);
+            result.item[v] = T(relu && y < 0 ? 0.f : y);  // unlike fmaxf, this keeps NaN
         }
         if (row + i * step < M) store(out + at, result);
     }
@@ -431,9 +444,9 @@ __global__ void __launch_bounds__(256)
 // Convolution by columns: im2col and its adjoint, for a matrix product in between
 // ---------------------------------------------------------------------------------------------------------------------
 
-// columns[(n, i, j), (h, w, c)] = x[n, i stride + h - padding, j stride + w - padding, c]; a row has `row_size` places, and
-// what is beyond kh kw C is 0.   Grid: a thread for V places.   Bytes: x and the columns, 1 each
-// V divides row_size; where it divides C as well, the V places are one load (WHOLE).
+// columns[(n, i, j), (h, w, c)] = x[n, i stride + h - padding, j stride + w - padding, c]; a row has `row_size` places,
+// and what is beyond kh kw C is 0.   Grid: a thread for V places.   Bytes: x and the columns, 1 each V divides
+// row_size; where it divides C as well, the V places are one load (WHOLE).
 template <typename T, int V, bool WHOLE>
 __global__ void im2col(const T* x, T* columns, long long size, int row_size, int H, int W, int C, int oh, int ow,
                        int kh, int kw, int stride, int padding) {
@@ -490,7 +503,8 @@ __global__ void col2im(const T* columns, T* dx, long long size, int H, int W, in
 }
 
 // Convert the weights to the type of the images.   Grid: a thread for each.   Bytes: both arrays
-template <typename T> __global__ void cast(const float* from, T* to, int size) {
+template <typename T>
+__global__ void cast(const float* from, T* to, int size) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < size) to[i] = T(from[i]);
 }
@@ -498,14 +512,15 @@ template <typename T> __global__ void cast(const float* from, T* to, int size) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Convolution without columns, on the tensor cores
 //
-// The product of im2col is computed, but its columns never exist: a block gathers the part of them that it needs straight
-// into shared memory. A block computes a tile of BM x BN outputs, stepping through the inner dimension INNER bytes at a
-// time (BK numbers). STAGES such steps are under way at any time: while the tensor cores multiply one, the next ones are
-// being copied. A warp computes WM x WN of the tile in pieces of 16 x 8, held in registers.
+// The product of im2col is computed, but its columns never exist: a block gathers the part of them that it needs
+// straight into shared memory. A block computes a tile of BM x BN outputs, stepping through the inner dimension INNER
+// bytes at a time (BK numbers). STAGES such steps are under way at any time: while the tensor cores multiply one, the
+// next ones are being copied. A warp computes WM x WN of the tile in pieces of 16 x 8, held in registers.
 //
 // Tiles lie in shared memory in one of two ways, as they lie in global memory:
-//     inner     a row holds INNER bytes along the inner dimension, 64 or 128; `ldmatrix` hands them out as the tensor cores want them
-//     outer     a row holds BM or BN numbers of one place of the inner dimension, and has to be transposed on the way:
+//     inner     a row holds INNER bytes along the inner dimension, 64 or 128; `ldmatrix` hands them out as the tensor
+//     cores want them outer     a row holds BM or BN numbers of one place of the inner dimension, and has to be
+//     transposed on the way:
 //               `ldmatrix` can for halves, floats are fetched one by one
 // In both, 16-byte chunks are swapped around within their row ("swizzled"), so that the eight rows of a matrix lie in
 // different banks.
@@ -514,10 +529,12 @@ template <typename T> __global__ void cast(const float* from, T* to, int size) {
 // Source: the technique is that of CUTLASS's implicit GEMM; cuDNN's paper (Chetlur et al. 2014) describes the idea.
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <int INNER> __device__ __forceinline__ int inner_place(int row, int chunk) {
+template <int INNER>
+__device__ __forceinline__ int inner_place(int row, int chunk) {
     return row * INNER + ((chunk ^ (INNER == 128 ? row & 7 : row >> 1 & 3)) << 4);
 }
-template <typename T, int WIDTH> __device__ __forceinline__ int outer_place(int row, int chunk) {
+template <typename T, int WIDTH>
+__device__ __forceinline__ int outer_place(int row, int chunk) {
     constexpr int BYTES = WIDTH * sizeof(T);
     const int swizzle = sizeof(T) == 4 ? (row & 3) << 1 : BYTES >= 128 ? row & 7 : row >> 1 & 3;
     return row * BYTES + ((chunk ^ swizzle) << 4);
@@ -526,22 +543,26 @@ template <typename T, int WIDTH> __device__ __forceinline__ int outer_place(int 
 // The tensor cores cut a float's fraction after 10 bits; adding half of what is cut first makes that a rounding.
 __device__ __forceinline__ void round_to_tf32(half, unsigned (&)[4]) {}
 __device__ __forceinline__ void round_to_tf32(float, unsigned (&r)[4]) {
-    for (int i = 0; i < 4; ++i) r[i] += 0x1000u;
+    for (int i = 0; i < 4; ++i)
+        if (fabsf(reinterpret_cast<float&>(r[i])) <= LARGEST) r[i] += 0x1000u;  // NaN and infinity stay what they are
 }
 
-// A 16 x 32-byte piece of the left factor, at rows `first` of the tile and the `part`-th 32 bytes of the inner dimension
+// A 16 x 32-byte piece of the left factor, at rows `first` of the tile and the `part`-th 32 bytes of the inner
+// dimension
 template <typename T, int INNER>
 __device__ __forceinline__ void left_inner(unsigned (&a)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
     load_matrices(a, tile + inner_place<INNER>(first + lane % 16, part * 2 + lane / 16));
     round_to_tf32(T(0.f), a);
 }
-template <int WIDTH> __device__ __forceinline__ void left_outer(half, unsigned (&a)[4], const byte* tile, int first, int part) {
+template <int WIDTH>
+__device__ __forceinline__ void left_outer(half, unsigned (&a)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
     load_matrices_transposed(
         a, tile + outer_place<half, WIDTH>(part * 16 + lane % 8 + lane / 16 * 8, first / 8 + lane / 8 % 2));
 }
-template <int WIDTH> __device__ __forceinline__ void left_outer(float, unsigned (&a)[4], const byte* tile, int first, int part) {
+template <int WIDTH>
+__device__ __forceinline__ void left_outer(float, unsigned (&a)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32, row = part * 8 + lane % 4, m = first + lane / 4;
     for (int i = 0; i < 4; ++i) {
         const int r = row + i / 2 * 4, column = m + i % 2 * 8;
@@ -556,11 +577,13 @@ __device__ __forceinline__ void right_inner(unsigned (&b)[4], const byte* tile, 
     load_matrices(b, tile + inner_place<INNER>(first + lane % 8 + lane / 16 * 8, part * 2 + lane / 8 % 2));
     round_to_tf32(T(0.f), b);
 }
-template <int WIDTH> __device__ __forceinline__ void right_outer(half, unsigned (&b)[4], const byte* tile, int first, int part) {
+template <int WIDTH>
+__device__ __forceinline__ void right_outer(half, unsigned (&b)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
     load_matrices_transposed(b, tile + outer_place<half, WIDTH>(part * 16 + lane % 16, first / 8 + lane / 16));
 }
-template <int WIDTH> __device__ __forceinline__ void right_outer(float, unsigned (&b)[4], const byte* tile, int first, int part) {
+template <int WIDTH>
+__device__ __forceinline__ void right_outer(float, unsigned (&b)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32, row = part * 8 + lane % 4, n = first + lane / 4;
     for (int i = 0; i < 4; ++i) {
         const int r = row + i % 2 * 4, column = n + i / 2 * 8;
@@ -569,17 +592,18 @@ template <int WIDTH> __device__ __forceinline__ void right_outer(float, unsigned
     round_to_tf32(0.f, b);
 }
 
-// FORWARD: out (N, oh, ow, O) from x (N, H, W, C). Otherwise the input gradient: dx (N, H, W, C) from dout (N, oh, ow, O).
+// FORWARD: out (N, oh, ow, O) from x (N, H, W, C). Otherwise the input gradient: dx (N, H, W, C) from dout (N, oh, ow,
+// O).
 //
 // Both gather: a place of the target collects, tap by tap of the window, from a pixel of the source. Forward, place
-// (i, j) and tap (h, w) meet pixel (i stride + h - padding, ...). Backward, pixel (y, ...) of dx and tap h meet the place
-// (y + padding - h) / stride of dout, if that is whole: which taps do depends only on y % stride. So pixels are taken in
-// stride^2 phases, one to each blockIdx.z, and every tap of a phase counts for all its pixels.
+// (i, j) and tap (h, w) meet pixel (i stride + h - padding, ...). Backward, pixel (y, ...) of dx and tap h meet the
+// place (y + padding - h) / stride of dout, if that is whole: which taps do depends only on y % stride. So pixels are
+// taken in stride^2 phases, one to each blockIdx.z, and every tap of a phase counts for all its pixels.
 //
 // weight (kh, kw, C, O); the source's channels are a multiple of BK, the target's of BN.
 // Grid: (tiles of rows, target channels / BN, phases)
 template <typename T, int BM, int BN, int WM, int WN, int STAGES, int INNER, bool FORWARD>
-__global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
+__global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
     convolve(const T* source, const T* weight, T* target, int N, int H, int W, int C, int oh, int ow, int O, int kh,
              int kw, int stride, int padding) {
     constexpr int THREADS = BM / WM * (BN / WN) * 32, CHUNK = 16 / sizeof(T), BK = INNER / sizeof(T);
@@ -591,7 +615,8 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
 
     // The geometry of this phase
     const int phase_h = FORWARD ? 0 : blockIdx.z / stride, phase_w = FORWARD ? 0 : blockIdx.z % stride;
-    const int first_h = FORWARD ? 0 : (phase_h + padding) % stride, first_w = FORWARD ? 0 : (phase_w + padding) % stride;
+    const int first_h = FORWARD ? 0 : (phase_h + padding) % stride,
+              first_w = FORWARD ? 0 : (phase_w + padding) % stride;
     const int tap_step = FORWARD ? 1 : stride;
     const int taps_h = (kh - first_h + tap_step - 1) / tap_step, taps_w = (kw - first_w + tap_step - 1) / tap_step;
     const int places_h = FORWARD ? oh : (H - phase_h + stride - 1) / stride;
@@ -603,9 +628,9 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
     if (first_row >= M) return;
     const int steps = max(taps_h, 0) * max(taps_w, 0) * (channels / BK);
 
-    // The rows that this thread gathers: where the source's pixel at the first tap is, and a bit for each tap that tells
-    // whether the pixel there is inside. What can be known before the loop is, for the loop's arithmetic costs as much as
-    // its products.
+    // The rows that this thread gathers: where the source's pixel at the first tap is, and a bit for each tap that
+    // tells whether the pixel there is inside. What can be known before the loop is, for the loop's arithmetic costs as
+    // much as its products.
     const int chunk = thread % ACROSS, chunk_row = thread / ACROSS;
     const T* row_from[LEFT_COPIES];
     unsigned inside[LEFT_COPIES];
@@ -617,20 +642,23 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
         const int row_x = FORWARD ? x * stride - padding : x + (phase_w + padding - first_w) / stride;
         row_from[i] = source + ((n * source_h + row_y) * source_w + row_x) * channels + chunk * CHUNK;
         unsigned inside_x = 0;
-        for (int t = 0; t < taps_w; ++t) inside_x |= unsigned((unsigned)(row_x + t * direction) < (unsigned)source_w) << t;
+        for (int t = 0; t < taps_w; ++t)
+            inside_x |= unsigned((unsigned)(row_x + t * direction) < (unsigned)source_w) << t;
         inside[i] = 0;
         for (int t = 0; t < taps_h; ++t)
             if (m < M && (unsigned)(row_y + t * direction) < (unsigned)source_h) inside[i] |= inside_x << t * taps_w;
     }
     const int left_place = inner_place<INNER>(chunk_row, chunk);
 
-    // The weights: forward, O is outermost in memory and the rows of a step follow each other from step to step; backward,
-    // a row is a channel of dx, and the inner dimension, O, lies along it.
+    // The weights: forward, O is outermost in memory and the rows of a step follow each other from step to step;
+    // backward, a row is a channel of dx, and the inner dimension, O, lies along it.
     constexpr int WEIGHT_ACROSS = FORWARD ? BN / CHUNK : ACROSS, WEIGHT_STEP = THREADS / WEIGHT_ACROSS;
     constexpr int WEIGHT_ROW_BYTES = FORWARD ? BN * sizeof(T) : INNER;
     const int weight_chunk = thread % WEIGHT_ACROSS, weight_row = thread / WEIGHT_ACROSS;
-    const T* weight_from = weight + (FORWARD ? weight_row * O + first_column : (first_column + weight_row) * O) + weight_chunk * CHUNK;
-    const int right_place = FORWARD ? outer_place<T, BN>(weight_row, weight_chunk) : inner_place<INNER>(weight_row, weight_chunk);
+    const T* weight_from =
+        weight + (FORWARD ? weight_row * O + first_column : (first_column + weight_row) * O) + weight_chunk * CHUNK;
+    const int right_place =
+        FORWARD ? outer_place<T, BN>(weight_row, weight_chunk) : inner_place<INNER>(weight_row, weight_chunk);
 
     // The next step to be copied: its tap of the window, its first channel, and its stage in shared memory
     int tap = 0, tap_x = 0, tap_y = 0, channel = 0, copy_stage = 0;
@@ -644,7 +672,8 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
         const int weight_at = FORWARD ? (weight_tap * C + channel) * O : weight_tap * C * O + channel;
 #pragma unroll
         for (int i = 0; i < RIGHT_COPIES; ++i)
-            copy16(right + right_place + i * WEIGHT_STEP * WEIGHT_ROW_BYTES, weight_from + weight_at + i * WEIGHT_STEP * O, true);
+            copy16(right + right_place + i * WEIGHT_STEP * WEIGHT_ROW_BYTES,
+                   weight_from + weight_at + i * WEIGHT_STEP * O, true);
         if (++copy_stage == STAGES) copy_stage = 0;
         channel += BK;
         if (channel == channels) {
@@ -705,18 +734,19 @@ __global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
         if (m >= M) break;
         const int x = m % places_w, y = m / places_w % places_h, n = m / places_w / places_h;
         const int target_y = FORWARD ? y : y * stride + phase_h, target_x = FORWARD ? x : x * stride + phase_w;
-        store(target + (((long long)n * target_h + target_y) * target_w + target_x) * target_channels + first_column + column,
+        store(target + (((long long)n * target_h + target_y) * target_w + target_x) * target_channels + first_column +
+                  column,
               load<CHUNK>(reinterpret_cast<const T*>(shared + tile_place(row, column))));
     }
 }
 
 // dweight (kh*kw*C, O) = columns.T @ dout. The inner dimension, the places of dout, is long and the result small: each
 // blockIdx.z takes `places_each` of the places, and writes to its own part of partial (splits, kh*kw*C, O), which
-// `sum_splits` adds up. A row of the result is a tap of the window and a channel; a block's rows may be those of several
-// taps, which read almost the same pixels.
-// kh kw C is a multiple of BM, C of 16 bytes, O of BN.   Grid: (kh kw C / BM, O / BN, splits)
+// `sum_splits` adds up. A row of the result is a tap of the window and a channel; a block's rows may be those of
+// several taps, which read almost the same pixels. kh kw C is a multiple of BM, C of 16 bytes, O of BN.   Grid: (kh kw
+// C / BM, O / BN, splits)
 template <typename T, int BM, int BN, int WM, int WN, int STAGES, int INNER>
-__global__ void __launch_bounds__(BM / WM*(BN / WN) * 32)
+__global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
     convolve_weight_gradient(const T* x, const T* dout, float* partial, int N, int H, int W, int C, int oh, int ow,
                              int O, int kw, int stride, int padding, int places_each) {
     constexpr int THREADS = BM / WM * (BN / WN) * 32, CHUNK = 16 / sizeof(T), BK = INNER / sizeof(T);

@@ -15,6 +15,7 @@ TF32 keeps 10 bits of each factor's fraction where float32 has 23. `set_precisio
 What is not here is the reference's.
 """
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -25,7 +26,6 @@ from minires.backend import array_module
 from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
     add_and_relu,
     dropout_mask,
-    image_chunks,
     output_size,
     relu_backward,
     relu_forward,
@@ -38,7 +38,8 @@ PRECISIONS = ("tf32", "float32")
 TYPES = {"float32": "float", "float16": "half", "uint8": "byte", "int64": "long long"}
 THREADS = 256  # in a block, unless a kernel says otherwise
 ROWS = {"float32": 16, "float16": 8}  # that a thread of batch normalisation keeps: 64 numbers in registers
-SMALL_PRODUCT = 2**24  # multiplications up to which cuBLAS is not worth its launch
+SMALL_PRODUCT = 2**24  # multiplications up to which cuBLAS is not worth its launch,
+NARROW_PRODUCT = 64  # nor for a matrix that has fewer rows or columns than this
 COLUMN_BYTES = 2**27  # columns that exist at one time; longer sums in cuBLAS would lose a digit
 
 # Tiles of the implicit convolutions: rows, columns, rows and columns of a warp, steps under way, bytes of a step along
@@ -78,12 +79,13 @@ def precision():
     return _precision
 
 
-# Launching
-
-
 @functools.cache
-def source():
-    return (pathlib.Path(__file__).parent / "gpu.cu").read_text()
+def is_for(xp):
+    """Whether the GPU has the instructions of gpu.cu: compute capability 8.0 (Ampere, 2020) or newer."""
+    return not hasattr(xp, "cuda") or int(xp.cuda.Device().compute_capability) >= 80
+
+
+# Launching
 
 
 def kernel_names():
@@ -115,7 +117,8 @@ def kernel_names():
 @functools.cache
 def module(xp):
     """Compile gpu.cu, or take it from CuPy's cache on disk."""
-    return xp.RawModule(code=source(), options=("-std=c++17",), name_expressions=kernel_names())
+    source = (pathlib.Path(__file__).parent / "gpu.cu").read_text()
+    return xp.RawModule(code=source, options=("-std=c++17",), name_expressions=kernel_names())
 
 
 @functools.cache
@@ -137,10 +140,10 @@ def blocks_of(count, threads=THREADS):
     return (-(-count // threads),)
 
 
-def vector(size, *arrays):
-    """Return how many neighbours to move as one: 16 bytes if rows of `size` numbers and all addresses allow, else 1."""
-    V = 16 // arrays[0].dtype.itemsize
-    return V if size % V == 0 and all(a.data.ptr % 16 == 0 for a in arrays) else 1
+def vector(size, x):
+    """Return how many neighbours to move as one: 16 bytes if rows of `size` numbers allow it, else 1."""
+    V = 16 // x.dtype.itemsize
+    return V if size % V == 0 else 1
 
 
 def type_name(x):
@@ -148,8 +151,9 @@ def type_name(x):
 
 
 def contiguous(*arrays):
-    """Return the arrays without gaps in memory; None stays None."""
-    return [None if a is None else array_module(a).ascontiguousarray(a) for a in arrays]
+    """Return the arrays without gaps in memory and from an address that 16 bytes can be read at; None stays None."""
+    arrays = [None if a is None else array_module(a).ascontiguousarray(a) for a in arrays]
+    return [a.copy() if a is not None and a.data.ptr % 16 else a for a in arrays]
 
 
 # Elementwise and small things
@@ -159,7 +163,7 @@ def add(a, b):
     """See `reference.add`."""
     a, b = contiguous(a, b)
     out = array_module(a).empty_like(a)
-    V = vector(a.size, a, b)
+    V = vector(a.size, a)
     launch(f"add<{type_name(a)}, {V}>", blocks_of(a.size // V), (THREADS,), a, b, out, a.size)
     return out
 
@@ -186,8 +190,8 @@ def product(a, b, dtype, bias=None):
     """
     xp = array_module(a)
     (M, K), N = a.shape, b.shape[1]
-    if M * N * K > SMALL_PRODUCT:
-        common = a.dtype if a.dtype == b.dtype else "float32"
+    if M * N * K > SMALL_PRODUCT and min(M, N, K) >= NARROW_PRODUCT:
+        common = a.dtype if a.dtype == b.dtype == dtype else "float32"  # sums in float16 would overflow
         out = (a.astype(common, copy=False) @ b.astype(common, copy=False)).astype(dtype, copy=False)
         return out if bias is None else (out + bias).astype(dtype, copy=False)
     out = xp.empty((M, N), dtype)
@@ -264,13 +268,13 @@ def whole_numbers(labels):
 # Batch normalisation
 
 
-def rectangle(x, *others):
-    """How a batch, and others beside it, is laid over blocks, see gpu.cu.
+def rectangle(x):
+    """How a batch is laid over blocks, see gpu.cu.
 
     Returns     the template arguments as a kernel's name has them, blocks, threads, rows in a chunk
     """
     C = x.shape[-1]
-    V, rows = vector(C, x, *(other for other in others if other is not None)), ROWS[str(x.dtype)]
+    V, rows = vector(C, x), ROWS[str(x.dtype)]
     lanes = min(32, 1 << (C // V - 1).bit_length())
     chunk = rows * (THREADS // lanes)
     blocks = (-(-x.size // C // chunk), -(-C // V // lanes))
@@ -297,9 +301,9 @@ def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
 
 def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=False):
     """See `reference.batch_norm_inference`."""
-    x, residual = contiguous(x, residual)
+    x, residual, weight, bias, mean, var = contiguous(x, residual, weight, bias, mean, var)
     out = array_module(x).empty_like(x)
-    template, blocks, threads, _ = rectangle(x, residual)
+    template, blocks, threads, _ = rectangle(x)
     C = x.shape[-1]
     launch(
         "batch_norm_apply" + template, blocks, threads,
@@ -311,10 +315,11 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
 def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_dresidual=True):
     """See `reference.batch_norm_backward`. Two passes over memory, one for the two sums, one for dx and dresidual."""
     xp = array_module(x)
-    dout, x, out = contiguous(dout, x, out)
+    dout, x, out = contiguous(dout.astype(x.dtype, copy=False), x, out)
+    weight, mean, var = contiguous(weight, mean, var)
     C = x.shape[-1]
     M = x.size // C
-    template, blocks, threads, _ = rectangle(x, dout, out)
+    template, blocks, threads, _ = rectangle(x)
     partial = xp.empty((blocks[0], 2, C), "float32")
     dbias, dweight, dx = xp.empty(C, "float32"), xp.empty(C, "float32"), xp.empty_like(x)
     masked = xp.empty_like(x) if need_dresidual and relu else None
@@ -347,7 +352,7 @@ def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
     kh, kw, C, O = weight.shape
     oh, ow = output_size(H, kh, stride, padding), output_size(W, kw, stride, padding)
     out = xp.empty((N, oh, ow, O), x.dtype)
-    if is_implicit(x, out, O, kh * kw):
+    if is_implicit(x, weight.shape, out.shape):
         if C % step_of(x):
             columns, rows = padded_columns(x, weight, stride, padding)
             convolve(columns, rows, out, (N, oh, ow, rows.shape[2], oh, ow, O, 1, 1, 1, 0), forward=True)
@@ -363,7 +368,7 @@ def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
 
 def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True, need_dbias=True):
     """See `reference.conv2d_backward`; dweight and dbias are float32."""
-    x, dout = contiguous(x, dout)
+    x, dout = contiguous(x, dout.astype(x.dtype, copy=False))
     dweight = weight_gradient(dout, x, weight.shape, stride, padding)
     dx = input_gradient(dout, x, weight, stride, padding) if need_dx else None
     return dx, dweight, sum_over_rows(dout) if need_dbias else None
@@ -375,7 +380,7 @@ def input_gradient(dout, x, weight, stride, padding):
     kh, kw, _, O = weight.shape
     _, oh, ow, _ = dout.shape
     dx = xp.empty_like(x)
-    if is_implicit(x, dout, C, kh * kw) and O % step_of(x) == 0:
+    if is_implicit(x, (kh, kw, O, C), dout.shape) and O % step_of(x) == 0:
         convolve(dout, weight, dx, (N, H, W, C, oh, ow, O, kh, kw, stride, padding), forward=False)
         return dx
     rows = cast(weight, x.dtype).reshape(-1, O)  # (kh*kw*C, O)
@@ -390,7 +395,7 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
     N, H, W, C = x.shape
     kh, kw, _, O = weight_shape
     _, oh, ow, _ = dout.shape
-    if is_implicit(x, dout, O, kh * kw):
+    if is_implicit(x, weight_shape, dout.shape):
         rows = kh * kw * C
         if rows % ROWS_OF_A_GRADIENT == 0 and C * x.dtype.itemsize % 16 == 0:
             return convolve_weight_gradient(x, dout, weight_shape, (N, H, W, C, oh, ow, O, kw, stride, padding))
@@ -405,11 +410,14 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
     return dweight.reshape(weight_shape)
 
 
-def is_implicit(x, other, columns, taps):
-    """Whether the tensor cores take a convolution between x and other, of so many columns and taps in a window."""
+def is_implicit(x, weight_shape, out_shape):
+    """Whether the tensor cores take a convolution from x to an output, or back."""
+    kh, kw, C, columns = weight_shape
+    places = math.prod(out_shape[:3])
+    row = round_up(kh * kw * C, ROWS_OF_A_GRADIENT) if C % step_of(x) else 0  # of columns, which are made then
+    largest = max(x.size, places * out_shape[3], places * row)
     allowed = x.dtype == "float16" or _precision == "tf32"
-    counted = max(x.size, other.size) < INDEX_LIMIT and taps <= MOST_TAPS
-    return allowed and counted and columns % COLUMNS_OF_A_TILE == 0
+    return allowed and columns % COLUMNS_OF_A_TILE == 0 and kh * kw <= MOST_TAPS and largest < INDEX_LIMIT
 
 
 def step_of(x):
@@ -484,11 +492,12 @@ def convolve_weight_gradient(x, dout, weight_shape, geometry):
 
 
 def cast(weight, dtype):
-    """Return the weights in the dtype of the images."""
+    """Return the weights in the dtype of the images, without gaps."""
+    (weight,) = contiguous(weight)
     if weight.dtype == dtype:
         return weight
     out = array_module(weight).empty(weight.shape, dtype)
-    launch(f"cast<{type_name(out)}>", blocks_of(out.size), (THREADS,), *contiguous(weight), out, out.size)
+    launch(f"cast<{type_name(out)}>", blocks_of(out.size), (THREADS,), weight, out, out.size)
     return out
 
 
@@ -566,19 +575,25 @@ def replay(function):
     records, and those that follow replay with the arrays' values of the moment. What the function returns is written
     over by the next call.
 
-    Limits      Python itself runs no more: a number that changes has to be an array. CuPy's cuBLAS refuses to be
-                recorded, so convolutions and products must be those of gpu.cu: float16 or TF32, channels in multiples
-                of 64.
+    Limits      Python itself runs no more: a number that changes has to be an array, and whether the model trains, its
+                momenta and the like stay what they were. What the function works on must stay where it is: make a new
+                one after model.to or with another optimizer. CuPy's cuBLAS refuses to be recorded; a function that
+                needs it (strict float32, channels that are no multiples of 64) goes on as it is
     """
-    recordings = {}
+    recordings, pools = {}, []
 
     def call(*arrays):
-        key = tuple((array.shape, str(array.dtype)) for array in arrays)
+        key = (_precision, *((array.shape, str(array.dtype)) for array in arrays))
         if key not in recordings:
             recordings[key] = None
             return function(*arrays)
         if recordings[key] is None:
-            recordings[key] = Recording(function, arrays)
+            if not pools:  # one for all: they never run at the same time, and what is handed out stays alive
+                pools.append(array_module(arrays[0]).cuda.MemoryPool())
+            try:
+                recordings[key] = Recording(function, arrays, pools[0])
+            except NotImplementedError:  # by CuPy, of cuBLAS
+                recordings[key] = function
         return recordings[key](*arrays)
 
     return call
@@ -587,18 +602,20 @@ def replay(function):
 class Recording:
     """A CUDA graph of what a function launches, with arrays of its own for the arguments and memory of its own."""
 
-    def __init__(self, function, arrays):
+    def __init__(self, function, arrays, pool):
         cupy = array_module(arrays[0])
         self.arguments = [array.copy() for array in arrays]
         cupy.get_default_memory_pool().free_all_blocks()  # what the function took when it ran as it is
-        self.pool = cupy.cuda.MemoryPool()
         stream = cupy.cuda.Stream(non_blocking=True)  # others may go on meanwhile
-        with cupy.cuda.using_allocator(self.pool.malloc), stream:
+        with cupy.cuda.using_allocator(pool.malloc), stream:
             stream.begin_capture()
             try:
                 self.result = function(*self.arguments)
-            finally:
-                self.graph = stream.end_capture()
+            except BaseException:
+                with contextlib.suppress(Exception):  # a capture that went wrong cannot end well
+                    stream.end_capture()
+                raise
+            self.graph = stream.end_capture()
 
     def __call__(self, *arrays):
         for argument, array in zip(self.arguments, arrays, strict=True):
