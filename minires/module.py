@@ -51,7 +51,7 @@ def move(x, device, dtype):
     """
     if dtype is not None and np.dtype(dtype).itemsize < 4:
         raise ValueError(
-            f"parameters are float32 or float64, got {np.dtype(dtype)}: on a GPU, float32 ones go with 16-bit images too"
+            f"parameters are float32 or float64, got {np.dtype(dtype)}: on a GPU, float32 ones take 16-bit images too"
         )
     x = x if device is None else to_device(x, device)
     return x if dtype is None else x.astype(dtype)

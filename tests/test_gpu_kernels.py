@@ -219,7 +219,7 @@ def test_every_tile_of_the_implicit_convolution(xp, rng, precision, place, monke
 
 
 def test_nan_and_infinity_are_kept(xp, rng, precision):
-    """CUDA's own NaN has all bits set, which an addition to them would turn into 0; and a rectifier must not hide one."""
+    """CUDA's own NaN has all bits set: an addition to them would turn it into 0. And a rectifier must not hide one."""
     dtype = "float16" if precision == "float16" else "float32"
     for bad in (np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0], np.float32(np.inf)):
         x, weight = draw(rng, "float32", 2, 4, 4, 64), draw(rng, "float32", 3, 3, 64, 64)
