@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 DEVICES = ("cpu", "gpu")
-INSTALL = 'pip install "cupy-cuda13x[ctk]" (or "cupy-cuda12x[ctk]" where nvidia-smi shows CUDA Version 12)'
+INSTALL = 'pip install -e ".[gpu]" (or ".[cuda12]" where nvidia-smi shows CUDA Version 12)'
 
 
 class GPUError(RuntimeError):
@@ -58,7 +58,8 @@ def gpu_library():
     except Exception as error:
         raise GPUError(
             f"the NVIDIA driver (CUDA {driver // 1000}.{driver % 1000 // 10}) does not serve this CuPy "
-            f"({_first_line(error)}): update the driver, or {INSTALL}"
+            f"({_first_line(error)}): update the driver, or make a fresh virtual environment, where a CuPy for another "
+            f"CUDA is not in the way, and {INSTALL}"
         ) from error
     if count == 0:
         raise GPUError("the NVIDIA driver shows no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use the CPU")
