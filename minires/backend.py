@@ -16,6 +16,7 @@ import numpy as np
 
 DEVICES = ("cpu", "gpu")
 INSTALL = 'pip install -e ".[gpu]" (or ".[cuda12]" where nvidia-smi shows CUDA Version 12)'
+NO_GPU = "the NVIDIA driver shows no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use the CPU"
 
 
 class GPUError(RuntimeError):
@@ -56,13 +57,15 @@ def gpu_library():
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
+        if "cudaErrorNoDevice" in str(error):
+            raise GPUError(NO_GPU) from error
         raise GPUError(
             f"the NVIDIA driver (CUDA {driver // 1000}.{driver % 1000 // 10}) does not serve this CuPy "
             f"({_first_line(error)}): update the driver, or make a fresh virtual environment, where a CuPy for another "
             f"CUDA is not in the way, and {INSTALL}"
         ) from error
     if count == 0:
-        raise GPUError("the NVIDIA driver shows no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use the CPU")
+        raise GPUError(NO_GPU)
 
     try:
         ones = cupy.ones((16, 16), dtype=cupy.float32) + 1.0

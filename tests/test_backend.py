@@ -76,8 +76,11 @@ def test_a_driver_that_is_too_old(fake_cupy):
         choose_device("gpu")
 
 
-def test_no_device(fake_cupy):
-    fake_cupy.cuda.runtime.getDeviceCount = lambda: 0
+@pytest.mark.parametrize(
+    "device_count", [lambda: 0, fail(RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected"))]
+)
+def test_no_device(fake_cupy, device_count):
+    fake_cupy.cuda.runtime.getDeviceCount = device_count
     with pytest.raises(GPUError, match=r"shows no GPU.*CUDA_VISIBLE_DEVICES"):
         choose_device("gpu")
 
