@@ -1,15 +1,18 @@
 """The path of a GPU without a GPU: on arrays that refuse to mix with NumPy's, a host array that leaks in is caught."""
 
+import types
+
 import numpy as np
 import pytest
 import strict_array
 from strict_array import MixedArraysError, asarray, asnumpy
 
-from minires import SGD, Adam, ResNet, SoftmaxCrossEntropy, kernels
+from minires import SGD, Adam, Dropout, ResNet, SoftmaxCrossEntropy, kernels
 from minires.augment import normalize, random_crop, random_flip
-from minires.backend import to_numpy
+from minires.backend import to_device, to_numpy
 from minires.cifar10 import MEAN, STD, load_sample
 from minires.evaluate import evaluate
+from minires.kernels import gpu
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +97,28 @@ def test_evaluation_and_loading(strict_gpu):
     moved = ResNet((1,), (4,), seed=1).to("gpu")
     moved.load_state_dict(model.state_dict())
     assert evaluate(moved, *arguments) == expected
+
+
+def test_dropout_goes_from_one_device_to_the_other(strict_gpu):
+    x, layer, twin = np.ones((4, 8), np.float32), Dropout(0.5, rng=3), Dropout(0.5, rng=3)
+    for device in ("gpu", "cpu", "gpu"):
+        actual = to_numpy(layer(to_device(x, device)))
+        np.testing.assert_array_equal(actual, twin(x))
+    assert int(layer.step) == twin.step == 3
+
+
+def test_a_gpu_without_the_instructions_is_served_by_the_reference(monkeypatch):
+    """As is one older than Ampere, such as a T4."""
+
+    class Library:
+        def __init__(self, capability):
+            device = types.SimpleNamespace(compute_capability=capability)
+            self.cuda = types.SimpleNamespace(Device=lambda: device)
+
+    old, new = Library("75"), Library("90")
+    assert (gpu.is_for(old), gpu.is_for(new)) == (False, True)
+    x = asarray(np.ones((1, 2), np.float32))
+    with kernels.use("fast"):
+        assert kernels.kernels_for(x) is gpu
+        monkeypatch.setattr(gpu, "is_for", lambda xp: False)
+        assert kernels.kernels_for(x) is kernels.reference

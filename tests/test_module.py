@@ -175,3 +175,8 @@ def test_to_keeps_the_parameters_and_replaces_their_arrays(strict_gpu):
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert type(model.weight.data) is type(model.weight.grad) is strict_gpu.StrictArray
     assert type(model.to("cpu").weight.data) is np.ndarray
+
+
+def test_parameters_in_16_bits_are_refused():
+    with pytest.raises(ValueError, match="parameters are float32 or float64, got float16"):
+        Linear(3, 2).to(dtype="float16")

@@ -29,9 +29,8 @@ __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(N));
 }
 
-// Load four 8x8 matrices of halves (or 8x4 of floats), a row's 16 bytes from the address that each lane gives; lane l
-// gets the 4 bytes at row l / 4, place l % 4 of each. Transposed, it gets elements (2 (l % 4), l / 4) and the next
-// row's.
+// Load four 8x8 matrices of halves (or 8x4 of floats), a row's 16 bytes from the address that each lane gives. Lane l
+// gets the 4 bytes at row l / 4, place l % 4 of each; transposed, the elements (2 (l % 4), l / 4) and the one below it.
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -519,8 +518,8 @@ __global__ void cast(const float* from, T* to, int size) {
 //
 // Tiles lie in shared memory in one of two ways, as they lie in global memory:
 //     inner     a row holds INNER bytes along the inner dimension, 64 or 128; `ldmatrix` hands them out as the tensor
-//     cores want them outer     a row holds BM or BN numbers of one place of the inner dimension, and has to be
-//     transposed on the way:
+//               cores want them
+//     outer     a row holds BM or BN numbers of one place of the inner dimension, and has to be transposed on the way:
 //               `ldmatrix` can for halves, floats are fetched one by one
 // In both, 16-byte chunks are swapped around within their row ("swizzled"), so that the eight rows of a matrix lie in
 // different banks.
@@ -547,8 +546,7 @@ __device__ __forceinline__ void round_to_tf32(float, unsigned (&r)[4]) {
         if (fabsf(reinterpret_cast<float&>(r[i])) <= LARGEST) r[i] += 0x1000u;  // NaN and infinity stay what they are
 }
 
-// A 16 x 32-byte piece of the left factor, at rows `first` of the tile and the `part`-th 32 bytes of the inner
-// dimension
+// A piece of the left factor, 16 rows from `first` on and the `part`-th 32 bytes of the inner dimension
 template <typename T, int INNER>
 __device__ __forceinline__ void left_inner(unsigned (&a)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
@@ -592,8 +590,7 @@ __device__ __forceinline__ void right_outer(float, unsigned (&b)[4], const byte*
     round_to_tf32(0.f, b);
 }
 
-// FORWARD: out (N, oh, ow, O) from x (N, H, W, C). Otherwise the input gradient: dx (N, H, W, C) from dout (N, oh, ow,
-// O).
+// FORWARD: out (N, oh, ow, O) from x (N, H, W, C). Otherwise the input gradient: dx, like x, from dout, like out.
 //
 // Both gather: a place of the target collects, tap by tap of the window, from a pixel of the source. Forward, place
 // (i, j) and tap (h, w) meet pixel (i stride + h - padding, ...). Backward, pixel (y, ...) of dx and tap h meet the
@@ -629,8 +626,7 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
     const int steps = max(taps_h, 0) * max(taps_w, 0) * (channels / BK);
 
     // The rows that this thread gathers: where the source's pixel at the first tap is, and a bit for each tap that
-    // tells whether the pixel there is inside. What can be known before the loop is, for the loop's arithmetic costs as
-    // much as its products.
+    // tells whether the pixel there is inside. All of it is worked out before the loop, whose time it would cost.
     const int chunk = thread % ACROSS, chunk_row = thread / ACROSS;
     const T* row_from[LEFT_COPIES];
     unsigned inside[LEFT_COPIES];
@@ -743,8 +739,8 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
 // dweight (kh*kw*C, O) = columns.T @ dout. The inner dimension, the places of dout, is long and the result small: each
 // blockIdx.z takes `places_each` of the places, and writes to its own part of partial (splits, kh*kw*C, O), which
 // `sum_splits` adds up. A row of the result is a tap of the window and a channel; a block's rows may be those of
-// several taps, which read almost the same pixels. kh kw C is a multiple of BM, C of 16 bytes, O of BN.   Grid: (kh kw
-// C / BM, O / BN, splits)
+// several taps, which read almost the same pixels.
+// kh kw C is a multiple of BM, C of 16 bytes, O of BN.   Grid: (kh kw C / BM, O / BN, splits)
 template <typename T, int BM, int BN, int WM, int WN, int STAGES, int INNER>
 __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
     convolve_weight_gradient(const T* x, const T* dout, float* partial, int N, int H, int W, int C, int oh, int ow,
