@@ -54,10 +54,12 @@ NO_FAULT_OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 def find(folder):
     """Return the folder of the files, the given one or the official archive's in it; None where there are no files.
 
-    A folder that cannot be entered counts as found, so that `read_records` gets to say why it cannot be.
+    The test images are the sign of a data set. Where both folders have them, the one with more of the six files counts.
+    A folder that cannot be entered counts as found, so that whoever reads the files gets to say why it cannot be.
     """
     folder = pathlib.Path(folder)
-    return next((place for place in (folder, folder / FOLDER) if _exists(place / TEST_FILES[0])), None)
+    places = [place for place in (folder, folder / FOLDER) if _exists(place / TEST_FILES[0])]
+    return max(places, key=lambda place: sum(_exists(place / name) for name in SHA256), default=None)
 
 
 def read_records(path, count, sha256=None):

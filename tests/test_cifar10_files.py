@@ -288,6 +288,18 @@ def test_what_is_right_is_not_downloaded(tmp_path):
     assert download(tmp_path) == tmp_path
 
 
+def test_a_stray_file_does_not_hide_the_complete_set_inside(tmp_path):
+    put(tmp_path, {"test_batch.bin": b"stray"})
+    place = put(tmp_path / "cifar-10-batches-bin")
+    assert cifar10_files.find(tmp_path) == verify(tmp_path) == download(tmp_path) == place
+    assert len(cifar10.load(tmp_path).train_images) == 10
+    put(tmp_path)
+    assert cifar10_files.find(tmp_path) == tmp_path
+    (place / "data_batch_1.bin").unlink()
+    (tmp_path / "data_batch_2.bin").unlink()
+    assert cifar10_files.find(tmp_path) == tmp_path
+
+
 def test_verify_names_each_wrong_file(tmp_path):
     damaged = FILES["data_batch_2.bin"][:-1] + bytes([FILES["data_batch_2.bin"][-1] ^ 1])
     files = FILES | {"data_batch_2.bin": damaged, "data_batch_4.bin": b"x"}
