@@ -62,6 +62,25 @@ def find(folder):
     return max(places, key=lambda place: sum(_exists(place / name) for name in SHA256), default=None)
 
 
+def check_folder(folder):
+    """Raise one DataError for a folder that holds no file at all, because it is none or may not be entered."""
+    try:
+        status = os.stat(os.path.join(folder, os.curdir))  # the dot asks for the right to enter, too
+        fault = None if stat.S_ISDIR(status.st_mode) else "is no folder"
+    except FileNotFoundError:
+        fault = "does not exist"
+    except NotADirectoryError:
+        fault = "is no folder"
+    except OSError as error:
+        fault = f"cannot be entered: {error.strerror}"
+    if fault:
+        target = folder if fault == "does not exist" else "DIR"
+        raise DataError(
+            f"{folder} {fault}, expected the folder with the six files of CIFAR-10: name another one, or bring them by "
+            f"python -m minires.cifar10 download {target}"
+        )
+
+
 def read_records(path, count, sha256=None):
     """Read a file of records, a label and 3,072 values each.
 
@@ -80,9 +99,10 @@ def verify(folder):
     """Compare the six files in a folder with their SHA-256.
 
     Returns     the folder that has them, the given one or the official archive's in it
-    Raises      DataError that names each wrong file and its fault
+    Raises      DataError that names each wrong file and its fault, or the folder where there can be no files
     """
     place = find(folder) or pathlib.Path(folder)
+    check_folder(place)
     faults = [f"{name} {fault}" for name in SHA256 if (fault := _read(place / name, RECORDS, SHA256[name])[1])]
     if faults:
         raise DataError(f"{place}: {'; '.join(faults)}; python -m minires.cifar10 download {folder} puts it right")

@@ -406,8 +406,12 @@ def test_a_folder_that_may_not_be_entered(monkeypatch):
         (folder / "closed").chmod(0)
         drop_rights()
         for command in (cifar10.load, lambda: verify(folder / "closed")):
-            with pytest.raises(DataError, match=r"data_batch_1\.bin cannot be read: Permission denied"):
+            with pytest.raises(DataError) as error:
                 command()
+            assert str(error.value) == (
+                f"{folder / 'closed'} cannot be entered: Permission denied, expected the folder with the six files of "
+                "CIFAR-10: name another one, or bring them by python -m minires.cifar10 download DIR"
+            )
 
 
 def test_a_folder_that_may_not_be_written(monkeypatch):
@@ -419,6 +423,31 @@ def test_a_folder_that_may_not_be_written(monkeypatch):
                 DataError, match=r"^/.*: Permission denied; CIFAR-10 needs a folder that can be read and"
             ):
                 download(place)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path, capsys):
+    message = (
+        f"{tmp_path / 'd3'} does not exist, expected the folder with the six files of CIFAR-10: name another one, or "
+        f"bring them by python -m minires.cifar10 download {tmp_path / 'd3'}"
+    )
+    with pytest.raises(DataError) as error:
+        cifar10.load(tmp_path / "d3")
+    assert str(error.value) == message
+    assert cifar10.main(["verify", str(tmp_path / "d3")]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder(tmp_path):
+    put(tmp_path)
+    path = tmp_path / "data_batch_1.bin"
+    for command in (verify, cifar10.load):
+        with pytest.raises(DataError) as error:
+            command(path)
+        assert str(error.value) == (
+            f"{path} is no folder, expected the folder with the six files of CIFAR-10: name another one, or bring them "
+            "by python -m minires.cifar10 download DIR"
+        )
 
 
 def test_a_complete_folder_need_not_be_written():
