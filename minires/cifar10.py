@@ -133,7 +133,7 @@ def main(arguments=None):
     parser.add_argument("command", choices=["download", "verify"])
     parser.add_argument("directory", nargs="?", metavar="DIR", help="default $MINIRES_DATA or ~/.cache/minires")
     parser.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # the other one takes DIR for given once it meets an option
     command = {"download": download, "verify": verify}[args.command]
     try:
         place = command(args.directory or default_directory())

@@ -107,6 +107,16 @@ def test_the_command_uses_the_default_folder(tmp_path, monkeypatch):
     assert cifar10.main(["verify"]) == 0
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_option_may_stand_anywhere(tmp_path, place):
+    arguments = ["verify", str(tmp_path)]
+    arguments.insert(place, "--debug")
+    with pytest.raises(DataError, match=r"data_batch_1\.bin is missing"):
+        cifar10.main(arguments)
+    put(tmp_path)
+    assert cifar10.main(arguments) == 0
+
+
 def test_the_command_line_of_the_module_is_quiet_but_for_its_line(tmp_path):
     command = [sys.executable, "-m", "minires.cifar10", "verify", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True)
