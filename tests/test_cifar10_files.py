@@ -280,6 +280,28 @@ def test_if_one_archive_cannot_be_read_the_other_is_taken(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.glob("*.part")] == []
 
 
+LEFT_OVER = (f"{PYTHON}.part", f"{PYTHON}.second.part", f"{BINARY}.part")
+
+
+@pytest.mark.parametrize("by_hand", [{BINARY: PACKED[BINARY]}, FILES, {}])
+def test_what_earlier_attempts_left_goes_once_the_six_files_are_right(tmp_path, monkeypatch, by_hand):
+    put(tmp_path, dict.fromkeys([*LEFT_OVER, "mine.part"], b"begun"))
+    put(tmp_path, by_hand)
+    place = tmp_path if by_hand is FILES else tmp_path / "cifar-10-batches-bin"
+    put(place, {"data_batch_1.bin.part": b"begun"})
+    with served(monkeypatch, good):
+        assert download(tmp_path, **QUICK) == place
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {*FILES, *by_hand, "mine.part", ".minires.lock"}
+
+
+def test_what_earlier_attempts_left_stays_while_a_file_is_wrong(tmp_path, monkeypatch):
+    put(tmp_path, {name: PACKED[PYTHON][:1000] for name in LEFT_OVER[:2]})
+    with served(monkeypatch, status(404)), pytest.raises(DownloadError):
+        download(tmp_path, **QUICK)
+    assert content_of(tmp_path) == {LEFT_OVER[0]: PACKED[PYTHON][:1000]}
+
+
 # What lies in the folder already
 
 
@@ -462,7 +484,7 @@ def test_a_file_is_no_folder(tmp_path):
 
 def test_a_complete_folder_need_not_be_written():
     with folder_of_root() as (folder, drop_rights):
-        put(folder).chmod(0o555)
+        put(folder, FILES | {f"{PYTHON}.part": b"left over"}).chmod(0o555)
         drop_rights()
         assert download(folder) == folder
 
