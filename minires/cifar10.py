@@ -19,7 +19,17 @@ from typing import NamedTuple
 import numpy as np
 
 from minires.archives import DataError
-from minires.cifar10_files import RECORDS, SHA256, TEST_FILES, TRAIN_FILES, download, find, read_records, verify
+from minires.cifar10_files import (
+    RECORDS,
+    SHA256,
+    TEST_FILES,
+    TRAIN_FILES,
+    check_folder,
+    download,
+    find,
+    read_records,
+    verify,
+)
 from minires.download import DownloadError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -45,8 +55,8 @@ def load(directory=None, or_download=False):
                 the default, $MINIRES_DATA or else ~/.cache/minires
                 or_download: download the files where the default folder has none
     Returns     a Dataset
-    Raises      DataError for a file that is missing, cannot be read, or has the wrong size, a label above 9 or another
-                SHA-256 than the official one; DownloadError
+    Raises      DataError for a folder that does not exist or cannot be entered, and a file that is missing, cannot be
+                read, or has the wrong size, a label above 9 or another SHA-256 than the official one; DownloadError
     """
     folder = pathlib.Path(directory or default_directory())
     place = find(folder)
@@ -57,6 +67,7 @@ def load(directory=None, or_download=False):
                 "DIR (or MINIRES_DATA) names the folder that has it, and --data sample takes the built-in sample"
             )
         place = download(folder)
+    check_folder(place or folder)
     return _read_files(place or folder, TRAIN_FILES, RECORDS, TEST_FILES, RECORDS, SHA256)
 
 
@@ -122,7 +133,7 @@ def main(arguments=None):
     parser.add_argument("command", choices=["download", "verify"])
     parser.add_argument("directory", nargs="?", metavar="DIR", help="default $MINIRES_DATA or ~/.cache/minires")
     parser.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # the other one takes DIR for given once it meets an option
     command = {"download": download, "verify": verify}[args.command]
     try:
         place = command(args.directory or default_directory())

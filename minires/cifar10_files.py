@@ -16,7 +16,7 @@ import urllib.parse
 import numpy as np
 
 from minires.archives import DataError, read_archive
-from minires.download import DownloadError, Source, fetch, lock, say, sha256_of
+from minires.download import DownloadError, Source, fetch, lock, parts, say, sha256_of
 
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
@@ -54,10 +54,31 @@ NO_FAULT_OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 def find(folder):
     """Return the folder of the files, the given one or the official archive's in it; None where there are no files.
 
-    A folder that cannot be entered counts as found, so that `read_records` gets to say why it cannot be.
+    The test images are the sign of a data set. Where both folders have them, the one with more of the six files counts.
+    A folder that cannot be entered counts as found, so that whoever reads the files gets to say why it cannot be.
     """
     folder = pathlib.Path(folder)
-    return next((place for place in (folder, folder / FOLDER) if _exists(place / TEST_FILES[0])), None)
+    places = [place for place in (folder, folder / FOLDER) if _exists(place / TEST_FILES[0])]
+    return max(places, key=lambda place: sum(_exists(place / name) for name in SHA256), default=None)
+
+
+def check_folder(folder):
+    """Raise one DataError for a folder that holds no file at all, because it is none or may not be entered."""
+    try:
+        status = os.stat(os.path.join(folder, os.curdir))  # the dot asks for the right to enter, too
+        fault = None if stat.S_ISDIR(status.st_mode) else "is no folder"
+    except FileNotFoundError:
+        fault = "does not exist"
+    except NotADirectoryError:
+        fault = "is no folder"
+    except OSError as error:
+        fault = f"cannot be entered: {error.strerror}"
+    if fault:
+        target = folder if fault == "does not exist" else "DIR"
+        raise DataError(
+            f"{folder} {fault}, expected the folder with the six files of CIFAR-10: name another one, or bring them by "
+            f"python -m minires.cifar10 download {target}"
+        )
 
 
 def read_records(path, count, sha256=None):
@@ -78,9 +99,10 @@ def verify(folder):
     """Compare the six files in a folder with their SHA-256.
 
     Returns     the folder that has them, the given one or the official archive's in it
-    Raises      DataError that names each wrong file and its fault
+    Raises      DataError that names each wrong file and its fault, or the folder where there can be no files
     """
     place = find(folder) or pathlib.Path(folder)
+    check_folder(place)
     faults = [f"{name} {fault}" for name in SHA256 if (fault := _read(place / name, RECORDS, SHA256[name])[1])]
     if faults:
         raise DataError(f"{place}: {'; '.join(faults)}; python -m minires.cifar10 download {folder} puts it right")
@@ -92,7 +114,8 @@ def download(folder, **options):
 
     An archive that lies in the folder, brought there by hand, is used; else one is downloaded. Files that are right
     stay as they are. The others are written beside their places and moved there when all six are right, the test images
-    last: `find` takes these for the sign that there is a data set. A second process waits for the first.
+    last: `find` takes these for the sign that there is a data set. Once all six are right, what earlier attempts have
+    left is deleted. A second process waits for the first.
 
     Args        options: timeout, pauses and slowest of `minires.download.fetch`
     Returns     the folder that has them, the given one or the official archive's in it
@@ -100,7 +123,7 @@ def download(folder, **options):
     """
     folder = pathlib.Path(folder)
     place, wanted = _place_and_wanted(folder)
-    if not wanted:
+    if not wanted and not _left_over(folder, place):
         return place
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +131,8 @@ def download(folder, **options):
             place, wanted = _place_and_wanted(folder)  # again, for the process that had the lock may have brought them
             if wanted:
                 _bring(wanted, place, folder, options)
+            for path in _left_over(folder, place):
+                path.unlink()
         return place
     except DownloadError as error:
         raise DownloadError(
@@ -116,6 +141,8 @@ def download(folder, **options):
             f"python -m minires.cifar10 download {folder}"
         ) from None
     except OSError as error:
+        if not wanted:  # files that are right need no folder that can be written
+            return place
         raise (DownloadError if error.errno in NO_FAULT_OF_THE_USER else DataError)(
             f"{error.filename or folder}: {error.strerror or error}; CIFAR-10 needs a folder that can be read and "
             f"written, with {SPACE / 1e6:.0f} MB free; for another one: python -m minires.cifar10 download DIR"
@@ -127,6 +154,12 @@ def _place_and_wanted(folder):
     flat = folder.name == FOLDER or any(_exists(folder / name) for name in SHA256)
     place = find(folder) or (folder if flat else folder / FOLDER)
     return place, [name for name in SHA256 if _read(place / name, RECORDS, SHA256[name])[1]]
+
+
+def _left_over(folder, place):
+    """Return the unfinished archives and files of earlier attempts that are there."""
+    paths = [path for name in ARCHIVES for path in parts(name, folder)] + [place / f"{name}.part" for name in SHA256]
+    return [path for path in paths if path.is_file()]
 
 
 def _read(path, count, sha256):
@@ -165,8 +198,7 @@ def _bring(wanted, place, folder, options):
                 raise DataError(f"{archive} is damaged, its SHA-256 is wrong: get it again, or delete it")
             return _unpack(archive, wanted, place)
 
-    parts = [folder / f"{name}.part" for name in ARCHIVES]
-    free = shutil.disk_usage(folder).free + sum(part.stat().st_size for part in parts if part.exists())
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in _left_over(folder, place))
     if free < SPACE:
         raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free", str(folder))
     sources = _sources()
@@ -182,32 +214,30 @@ def _bring(wanted, place, folder, options):
             if not sources:
                 raise
             say(f"{error}; going on with the other archive")
-    for part in parts:
-        part.unlink(missing_ok=True)
 
 
 def _unpack(archive, wanted, place):
     """Write the wanted files of an archive, first beside their places; none is moved there before all six are right."""
     place.mkdir(exist_ok=True)
-    parts = {name: place / f"{name}.part" for name in wanted}
+    begun = {name: place / f"{name}.part" for name in wanted}
     try:
         found = set()
         for name, content in read_archive(archive, SHA256, RECORDS):
             if hashlib.sha256(content).hexdigest() != SHA256[name]:
                 raise DataError(f"{archive}: its {name} is not the one of CIFAR-10, the SHA-256 is wrong")
             found.add(name)
-            if name in parts:
-                with open(parts[name], "wb") as file:
+            if name in begun:
+                with open(begun[name], "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
         if lacking := sorted(SHA256.keys() - found):
             raise DataError(f"{archive} lacks {', '.join(lacking)}")
         for name in wanted:
-            os.replace(parts[name], place / name)
+            os.replace(begun[name], place / name)
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        for path in begun.values():
+            path.unlink(missing_ok=True)
 
 
 def _sources():

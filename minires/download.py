@@ -51,8 +51,9 @@ class _Useless(Exception):  # noqa: N818
 def fetch(sources, folder, *, timeout=TIMEOUT, pauses=PAUSES, slowest=SLOWEST):
     """Download one file from the first of several addresses that has it.
 
-    Addresses of the same file go on with each other's work: they share one `name.part`. An address that fails gives way
-    to the next one at once; after the last, those that may recover are asked again, after a pause that grows.
+    Addresses of the same file go on with each other's work: they share one `name.part`. An address that sends nothing
+    but the whole file writes beside it, until it has brought more than is there. An address that fails gives way to the
+    next one at once; after the last, those that may recover are asked again, after a pause that grows.
 
     Args        sources: a list of Source, the best first; folder: where the parts are kept
                 timeout: seconds; pauses: seconds before each further round; slowest: bytes a second, over `timeout`
@@ -75,29 +76,46 @@ def fetch(sources, folder, *, timeout=TIMEOUT, pauses=PAUSES, slowest=SLOWEST):
     raise DownloadError("; ".join(f"{_host(url)}: {fault}" for url, fault in faults.items()))
 
 
+def parts(name, folder):
+    """Return the paths under which an unfinished file is kept: the part, and the second one, begun from byte 0."""
+    return folder / f"{name}.part", folder / f"{name}.second.part"
+
+
 def _fetch_from(source, folder, timeout, slowest):
     """Bring the file from one address, continuing for as long as each connection brings at least a hundredth of it."""
-    part = folder / f"{source.name}.part"
+    part, second = parts(source.name, folder)
+    _keep_the_longer(part, second)  # a killed process leaves both
     foreign = _size(part) > 0  # what is there may be another address's
     for attempt in itertools.count():
         before = _size(part)
         try:
-            _transfer(source, part, timeout, slowest, announce=attempt == 0)
-        except _Interrupted:
-            if _size(part) - before < source.size / 100:
+            whole = _transfer(source, part, second, timeout, slowest, announce=attempt == 0)
+        except BaseException as end:  # Ctrl-C and a full disk as well
+            _keep_the_longer(part, second)
+            if not isinstance(end, _Interrupted) or _size(part) - before < source.size / 100:
                 raise
             continue
-        if sha256_of(part) == source.sha256:
+        if sha256_of(whole) == source.sha256:
+            if whole == second:
+                os.replace(second, part)
             return part
-        part.unlink()
-        if not foreign:
+        whole.unlink()
+        if whole == second or not foreign:  # every byte of it came from here
             raise _Useless(f"sent {source.size:,} bytes with a wrong SHA-256")
         foreign = False  # once more, from the first byte
 
 
-def _transfer(source, part, timeout, slowest, announce):
-    """Append to the part what is missing, in one connection.
+def _keep_the_longer(part, second):
+    """Leave one of the two, as the part: which of them is right is not known, but more has come of the longer."""
+    if _size(second) > _size(part):
+        os.replace(second, part)
+    second.unlink(missing_ok=True)
 
+
+def _transfer(source, part, second, timeout, slowest, announce):
+    """Append to the part what is missing, or bring the whole into the second file, in one connection.
+
+    Returns     the path of the one that is complete
     Raises      _Interrupted, _Useless; OSError is always the disk's
     """
     from tqdm import tqdm
@@ -106,10 +124,11 @@ def _transfer(source, part, timeout, slowest, announce):
     if have > source.size:
         have = 0
     if have == source.size:
-        return
+        return part
+    path = part
     with _open(source.url, have, timeout) as response:
         if response.status != 206 or not have:  # the whole file: the server knows no ranges, or was not asked for one
-            have = 0
+            path, have = (second if have else part), 0
         elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
             raise _Useless(f"answers with another range than the one from byte {have:,}")
         if response.length is not None and have + response.length != source.size:
@@ -120,12 +139,13 @@ def _transfer(source, part, timeout, slowest, announce):
         bar = tqdm(
             total=source.size, initial=have, unit="B", unit_scale=True, leave=False, disable=None, dynamic_ncols=True
         )
-        with open(part, "ab" if have else "wb") as file, bar:
+        with open(path, "ab" if have else "wb") as file, bar:
+            begun = have
             since, since_when = 0, time.monotonic()
             while block := _read(response, timeout):
                 have += len(block)
                 if have > source.size:
-                    file.truncate(0)
+                    file.truncate(begun)  # what other connections have brought is not in doubt
                     raise _Useless(f"sends more than the expected {source.size:,} bytes")
                 file.write(block)
                 bar.update(len(block))
@@ -139,6 +159,7 @@ def _transfer(source, part, timeout, slowest, announce):
             os.fsync(file.fileno())
     if have < source.size:
         raise _Interrupted(f"ended the connection after {have:,} of {source.size:,} bytes")
+    return path
 
 
 def _open(url, start, timeout):

@@ -194,6 +194,21 @@ def no_ranges(handler, body):
     handler.wfile.write(body)
 
 
+def start_of_it(share):
+    """Send a share of the file, from the first byte whatever was asked for, after an honest header."""
+
+    def manner(handler, body):
+        handler.head(200, Content_Length=len(body))
+        handler.wfile.write(body[: int(share * len(body))])
+
+    return manner
+
+
+def login_page(handler, body):
+    handler.head(200)
+    handler.wfile.write(b"<html>log in!</html>")
+
+
 def no_length(handler, body):
     handler.head(200)
     handler.wfile.write(body)
@@ -274,6 +289,12 @@ def wrong_bytes(handler, body):
 def wrong_length(handler, body):
     handler.head(200, Content_Length=20)
     handler.wfile.write(b"<html>log in!</html>")
+
+
+def too_much_of_the_rest(handler, body):
+    start = int(handler.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+    handler.head(206, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
+    handler.wfile.write(body[start:] + b"and more")
 
 
 def too_much(handler, body):

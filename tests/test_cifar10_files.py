@@ -107,6 +107,16 @@ def test_the_command_uses_the_default_folder(tmp_path, monkeypatch):
     assert cifar10.main(["verify"]) == 0
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_option_may_stand_anywhere(tmp_path, place):
+    arguments = ["verify", str(tmp_path)]
+    arguments.insert(place, "--debug")
+    with pytest.raises(DataError, match=r"data_batch_1\.bin is missing"):
+        cifar10.main(arguments)
+    put(tmp_path)
+    assert cifar10.main(arguments) == 0
+
+
 def test_the_command_line_of_the_module_is_quiet_but_for_its_line(tmp_path):
     command = [sys.executable, "-m", "minires.cifar10", "verify", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -270,6 +280,28 @@ def test_if_one_archive_cannot_be_read_the_other_is_taken(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.glob("*.part")] == []
 
 
+LEFT_OVER = (f"{PYTHON}.part", f"{PYTHON}.second.part", f"{BINARY}.part")
+
+
+@pytest.mark.parametrize("by_hand", [{BINARY: PACKED[BINARY]}, FILES, {}])
+def test_what_earlier_attempts_left_goes_once_the_six_files_are_right(tmp_path, monkeypatch, by_hand):
+    put(tmp_path, dict.fromkeys([*LEFT_OVER, "mine.part"], b"begun"))
+    put(tmp_path, by_hand)
+    place = tmp_path if by_hand is FILES else tmp_path / "cifar-10-batches-bin"
+    put(place, {"data_batch_1.bin.part": b"begun"})
+    with served(monkeypatch, good):
+        assert download(tmp_path, **QUICK) == place
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {*FILES, *by_hand, "mine.part", ".minires.lock"}
+
+
+def test_what_earlier_attempts_left_stays_while_a_file_is_wrong(tmp_path, monkeypatch):
+    put(tmp_path, {name: PACKED[PYTHON][:1000] for name in LEFT_OVER[:2]})
+    with served(monkeypatch, status(404)), pytest.raises(DownloadError):
+        download(tmp_path, **QUICK)
+    assert content_of(tmp_path) == {LEFT_OVER[0]: PACKED[PYTHON][:1000]}
+
+
 # What lies in the folder already
 
 
@@ -286,6 +318,18 @@ def test_only_what_is_wrong_is_replaced(tmp_path, monkeypatch):
 def test_what_is_right_is_not_downloaded(tmp_path):
     put(tmp_path)
     assert download(tmp_path) == tmp_path
+
+
+def test_a_stray_file_does_not_hide_the_complete_set_inside(tmp_path):
+    put(tmp_path, {"test_batch.bin": b"stray"})
+    place = put(tmp_path / "cifar-10-batches-bin")
+    assert cifar10_files.find(tmp_path) == verify(tmp_path) == download(tmp_path) == place
+    assert len(cifar10.load(tmp_path).train_images) == 10
+    put(tmp_path)
+    assert cifar10_files.find(tmp_path) == tmp_path
+    (place / "data_batch_1.bin").unlink()
+    (tmp_path / "data_batch_2.bin").unlink()
+    assert cifar10_files.find(tmp_path) == tmp_path
 
 
 def test_verify_names_each_wrong_file(tmp_path):
@@ -394,8 +438,12 @@ def test_a_folder_that_may_not_be_entered(monkeypatch):
         (folder / "closed").chmod(0)
         drop_rights()
         for command in (cifar10.load, lambda: verify(folder / "closed")):
-            with pytest.raises(DataError, match=r"data_batch_1\.bin cannot be read: Permission denied"):
+            with pytest.raises(DataError) as error:
                 command()
+            assert str(error.value) == (
+                f"{folder / 'closed'} cannot be entered: Permission denied, expected the folder with the six files of "
+                "CIFAR-10: name another one, or bring them by python -m minires.cifar10 download DIR"
+            )
 
 
 def test_a_folder_that_may_not_be_written(monkeypatch):
@@ -409,9 +457,34 @@ def test_a_folder_that_may_not_be_written(monkeypatch):
                 download(place)
 
 
+def test_a_folder_that_does_not_exist_is_named(tmp_path, capsys):
+    message = (
+        f"{tmp_path / 'd3'} does not exist, expected the folder with the six files of CIFAR-10: name another one, or "
+        f"bring them by python -m minires.cifar10 download {tmp_path / 'd3'}"
+    )
+    with pytest.raises(DataError) as error:
+        cifar10.load(tmp_path / "d3")
+    assert str(error.value) == message
+    assert cifar10.main(["verify", str(tmp_path / "d3")]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder(tmp_path):
+    put(tmp_path)
+    path = tmp_path / "data_batch_1.bin"
+    for command in (verify, cifar10.load):
+        with pytest.raises(DataError) as error:
+            command(path)
+        assert str(error.value) == (
+            f"{path} is no folder, expected the folder with the six files of CIFAR-10: name another one, or bring them "
+            "by python -m minires.cifar10 download DIR"
+        )
+
+
 def test_a_complete_folder_need_not_be_written():
     with folder_of_root() as (folder, drop_rights):
-        put(folder).chmod(0o555)
+        put(folder, FILES | {f"{PYTHON}.part": b"left over"}).chmod(0o555)
         drop_rights()
         assert download(folder) == folder
 

@@ -170,6 +170,59 @@ def test_what_a_wrong_mirror_has_sent_does_not_spoil_the_next(tmp_path):
     assert whole.requests == [("/file", "bytes=10000-"), ("/file", None)]
 
 
+@pytest.mark.parametrize(
+    ("manner", "reason"),
+    [
+        (small.start_of_it(0.5), "ended the connection after 10,000 of 20,000 bytes"),
+        (small.start_of_it(0.75), "ended the connection after 15,000 of 20,000 bytes"),
+        (small.login_page, "ended the connection after 20 of 20,000 bytes"),
+        (small.too_much, "sends more than the expected 20,000 bytes"),
+        (small.too_much_of_the_rest, "sends more than the expected 20,000 bytes"),
+        (lambda handler, body: small.no_ranges(handler, bytes(len(body))), "sent 20,000 bytes with a wrong SHA-256"),
+    ],
+)
+def test_an_address_that_cannot_go_on_leaves_what_has_come(tmp_path, manner, reason):
+    (tmp_path / "file.part").write_bytes(BODY[:15_000])
+    with (
+        Server({"file": BODY}, [manner]) as bad,
+        pytest.raises(DownloadError, match=rf"^127\.0\.0\.1: {reason}$"),
+    ):
+        fetch([source(bad)], tmp_path, **QUICK)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file.part": BODY[:15_000]}
+    with Server({"file": BODY}, [manner]) as bad, Server({"file": BODY}, [good]) as whole:
+        path = fetch([source(bad), source(whole)], tmp_path, **QUICK)
+    assert path.read_bytes() == BODY
+    assert whole.requests == [("/file", "bytes=15000-")]
+
+
+def test_a_second_beginning_counts_once_it_is_longer(tmp_path):
+    (tmp_path / "file.part").write_bytes(b"wrong" * 1000)
+    with Server({"file": BODY}, [small.start_of_it(0.9)]) as server, pytest.raises(DownloadError):
+        fetch([source(server)], tmp_path, **QUICK)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file.part": BODY[:18_000]}
+
+
+@pytest.mark.parametrize(("second", "asked"), [(3_000, "bytes=9000-"), (12_000, "bytes=12000-")])
+def test_of_what_a_killed_process_leaves_the_longer_is_continued(tmp_path, second, asked):
+    (tmp_path / "file.second.part").write_bytes(BODY[:second])
+    assert fetched(tmp_path, good, begun=BODY[:9_000]) == (BODY, [asked])
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_whatever_ends_a_second_beginning_the_longer_is_kept(tmp_path, monkeypatch, end):
+    blocks = [10_000, 4_000]
+
+    def read(response, timeout):
+        if not blocks:
+            raise end
+        return response.read(blocks.pop(0))
+
+    monkeypatch.setattr(download, "_read", read)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        fetched(tmp_path, small.no_ranges, begun=BODY[:12_000])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file.part": BODY[:14_000]}
+
+
 def test_every_address_has_its_reason(tmp_path):
     first, second = Server({"file": BODY}, [status(404)]), Server({"file": BODY}, [small.wrong_bytes])
     with (

@@ -239,7 +239,7 @@ def test_the_test_is_that_of_the_best_weights(in_process, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--data", "/nowhere"], "error: /nowhere/data_batch_1.bin is missing"),
+        (["--data", "/nowhere"], "error: /nowhere does not exist, expected the folder with the six files"),
         (["--data", "sample", "--out", EXAMPLES], f"error: --out {EXAMPLES} exists and is not an empty folder"),
         (["--batch-size", "0"], "--batch-size: expected a whole number of at least 2, got 0"),
         (["--seed", str(2**64)], f"--seed: expected a whole number of at least 0 and below {2**64}, got {2**64}"),
