@@ -5,22 +5,27 @@
     python examples/ablation.py --study fast --variants fast "no cutout" --seeds 5        a part of another
 
 All other options go to train_cifar.py as they are. Each run has a folder of its own, OUT/VARIANT/seed-N. A run that is
-there is not made again: the study can be stopped at any time and goes on with the same command, and with more seeds or
-variants it takes over what it has. OUT/table.md and, with matplotlib, OUT/ablation.png are made anew after each run.
+there is not made again: the study can be stopped at any time (after Ctrl-C and SIGTERM the run at hand writes a
+checkpoint) and goes on with the same command, and with more seeds or variants it takes over what it has. OUT/table.md
+and, with matplotlib, OUT/ablation.png are made anew after each run.
 
 Compare variants by their validation accuracy; the test accuracy is what to report for the one that was chosen.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import numpy as np
 from recipes import at_least
+from run_folder import UsageError, ending_signals, run, write_json
 
 from minires import plots
+from minires.checkpoint import write_atomically
 
 TRAIN = pathlib.Path(__file__).parent / "train_cifar.py"
 SGD = ["--optimizer", "sgd", "--lr", "0.1", "--weight-decay", "5e-4"]  # Zagoruyko and Komodakis 2016
@@ -96,7 +101,7 @@ def main():
             elif code:
                 return code
         write_table(args, variants)
-    print((args.out / "table.md").read_text(), end="")
+    print((args.out / "table.md").read_text("utf-8"), end="")
     return 0
 
 
@@ -107,26 +112,99 @@ def folder_of(out, variant):
 def is_made(folder, options):
     """Tell whether a run is complete.
 
-    Raises      ValueError for a run with other options than are asked for now
+    Raises      UsageError for a run with other options than are asked for now, or of another making
     """
     if not folder.exists():
         return False
-    made_with = json.loads((folder.parent / f"{folder.name}.json").read_text())
-    if made_with != options:
-        raise ValueError(
-            f"{folder} was made with the options {' '.join(made_with)}, and asked for are {' '.join(options)}: "
-            "name another --out"
+    settings = folder.parent / f"{folder.name}.json"
+    if not settings.exists():
+        raise UsageError(
+            f"{folder} is no run of this study, for {settings} is missing: move it away, or name another --out"
+        )
+    made_with = read_json(settings, list)
+    if without_free(made_with)[0] != without_free(options)[0]:
+        raise UsageError(
+            f"{folder} was made with the options {' '.join(map(str, made_with))}, and asked for are "
+            f"{' '.join(options)}: name another --out"
         )
     return (folder / "result.json").exists()
+
+
+def without_free(options):
+    """Divide options into those that a result depends on, and those that may be others when a run goes on.
+
+    All folders with the whole of CIFAR-10 hold the same images; the sample holds others.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    for flag in ("--device", "--data", "--checkpoint-every"):
+        parser.add_argument(flag, nargs="?")  # one without its value is for train_cifar.py to refuse
+    parser.add_argument("--debug", action="store_true")
+    free, binding = parser.parse_known_args([str(option) for option in options])
+    free = vars(free)
+    if free.get("data") == "sample":
+        binding += ["--data", free.pop("data")]
+    return binding, [
+        part
+        for name, value in free.items()
+        for part in (f"--{name.replace('_', '-')}", value)
+        if part not in (True, None)
+    ]
 
 
 def train(folder, options):
     """Run train_cifar.py in a folder to be; its options are kept beside it, for `is_made`. What was cut off goes on."""
     if (folder / "config.json").exists():
-        return subprocess.run([sys.executable, TRAIN, "--resume", folder]).returncode
+        return call([sys.executable, TRAIN, "--resume", folder, *without_free(options)[1]])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    (folder.parent / f"{folder.name}.json").write_text(json.dumps(options) + "\n")
-    return subprocess.run([sys.executable, TRAIN, *options, "--out", folder]).returncode
+    write_json(folder.parent / f"{folder.name}.json", options)
+    return call([sys.executable, TRAIN, *options, "--out", folder])
+
+
+def call(command):
+    """Run a command to its end and return its exit code. A signal to end is passed on to it, and ends the study too.
+
+    The command has a session of its own, so that a Ctrl-C in the terminal reaches it once, from here; a second one
+    would have it end without a checkpoint.
+    """
+    arrived, waiting, process = [], [], None
+
+    def pass_on(number, _):
+        arrived.append(number)
+        if process is None:
+            waiting.append(number)
+        elif os.name == "posix":  # elsewhere there are no such sessions, and a Ctrl-C reaches it by itself
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in ending_signals()}
+    try:
+        process = subprocess.Popen(command, start_new_session=True)
+        for number in waiting:
+            pass_on(number, None)
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if arrived:
+        return 128 + arrived[0]
+    return code if code >= 0 else 128 - code  # as shells count a process that a signal has ended
+
+
+def read_json(path, kind):
+    """Read what a run has written.
+
+    Raises      UsageError for a file that is damaged
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, kind):
+            raise ValueError(f"got {str(content)[:40]}")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is damaged ({error}): remove {path.with_suffix('')} and it, and the run is made anew"
+            if kind is list
+            else f"{path} is damaged ({error}): remove {path.parent}, and the run is made anew"
+        ) from error
 
 
 def write_table(args, variants):
@@ -136,8 +214,8 @@ def write_table(args, variants):
         files = [folder_of(args.out, name) / f"seed-{seed}" / "result.json" for seed in range(args.seeds)]
         files = [file for file in files if file.exists()]
         if files:
-            results = [json.loads(file.read_text()) for file in files]
-            parameters = json.loads((files[0].parent / "config.json").read_text())["parameters"]
+            results = [read_json(file, dict) for file in files]
+            parameters = read_json(files[0].parent / "config.json", dict).get("parameters", 0)
             rows.append((name, parameters, {column: [result.get(column) for result in results] for column in COLUMNS}))
     lines = [
         "| variant | parameters | runs | validation accuracy | validation loss | test accuracy | with mirror images "
@@ -154,7 +232,7 @@ def write_table(args, variants):
             f"{np.mean(results['seconds']):.0f}",
         ]
         lines.append(f"| {name} | {parameters:,} | {len(results['seconds'])} | " + " | ".join(cells) + " |")
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    write_atomically(args.out / "table.md", ("\n".join(lines) + "\n").encode())
     try:
         accuracies = {name: [100 * value for value in results["validation_accuracy"]] for name, _, results in rows}
         plots.plot_runs(accuracies, "validation accuracy, %", args.out / "ablation.png")
@@ -173,10 +251,4 @@ def spread(values, scale, unit, digits=2):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -7,16 +7,25 @@ import argparse
 import pathlib
 
 import numpy as np
+from recipes import at_least
+from run_folder import run
 
 from minires import augment, plots
 from minires.cifar10 import load_sample
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw what each augmentation does to one image of the sample.")
-    parser.add_argument("--image", type=int, default=256, metavar="N", help="of the sample's training images")
-    parser.add_argument("--strength", type=int, default=15, metavar="N", help="of TrivialAugment's, from 0 to 30")
+    parser = argparse.ArgumentParser(
+        description="Draw what each augmentation does to one image of the sample.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--image", type=at_least(0, below=1000), default=256, metavar="N", help="of the sample's training images"
+    )
+    parser.add_argument(
+        "--strength", type=at_least(0, below=31), default=15, metavar="N", help="of TrivialAugment's, from 0 to 30"
+    )
     parser.add_argument("--out", type=pathlib.Path, default="augmentations.png", metavar="FILE")
+    parser.add_argument("--debug", action="store_true", help="errors with a traceback")
     args = parser.parse_args()
 
     images = load_sample().train_images[args.image : args.image + 1]
@@ -34,4 +43,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

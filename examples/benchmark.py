@@ -15,14 +15,18 @@ Peak memory is that of the whole process after training, interpreter and librari
 """
 
 import argparse
+import contextlib
 import importlib.util
 import multiprocessing
 import platform
+import signal
 import statistics
 import sys
 import time
 
 import numpy as np
+import run_folder
+from recipes import at_least
 
 import minires
 from minires.backend import gpu_library
@@ -39,20 +43,25 @@ EPOCH = 40_000  # images
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time minires, beside PyTorch where it is installed.")
+    parser = argparse.ArgumentParser(
+        description="Time minires, beside PyTorch where it is installed.", allow_abbrev=False
+    )
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=at_least(1),
         nargs="+",
         metavar="N",
         help="default 128, on a GPU 128 512 1024; only a GPU takes several",
     )
     parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="on a GPU")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed steps of each in a round, default 3")
+    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="default 5")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=3, metavar="N", help="timed steps of each in a round, default 3"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--layers", action="store_true", help="only the table of minires by layer")
+    parser.add_argument("--debug", action="store_true", help="errors with a traceback")
     args = parser.parse_args()
     if args.device == "gpu":
         return benchmark_gpu(args)
@@ -116,14 +125,28 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         target = serve if size else serve_on_gpu
-        self.process = context.Process(target=target, args=(theirs, contestant, *size), daemon=True)
+        arguments = (target, "--debug" in sys.argv, theirs, contestant, *size)
+        self.process = context.Process(target=tell_errors, args=arguments, daemon=True)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it inherits this: a Ctrl-C ends it from here
         self.process.start()
+        signal.signal(signal.SIGINT, before)
+        theirs.close()  # once it has ended, nothing more can come
         self.peak = 0  # MB, after the latest training
 
     def ask(self, *question):
         time.sleep(0.3)  # lets the threads of the one before come to rest
-        self.pipe.send(question)
-        answer, peak = self.pipe.recv()
+        try:
+            with contextlib.suppress(OSError):  # what ended it is still to be read
+                self.pipe.send(question)
+            answer, peak = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self.process.join()
+            code = self.process.exitcode
+            raise RuntimeError(
+                f"the process of a contestant has ended with {code}, perhaps for want of memory"
+            ) from error
+        if isinstance(answer, Exception):
+            raise answer
         if question[-1] == "train":
             self.peak = peak
         return answer
@@ -131,6 +154,22 @@ class Worker:
     def stop(self):
         self.pipe.send(None)
         self.process.join()
+
+
+def tell_errors(target, debug, pipe, *arguments):
+    """Do what a contestant's process is for; what ends it is told to the one who asks, in a type that can travel."""
+    try:
+        target(pipe, *arguments)
+    except Exception as error:
+        told = (
+            MemoryError(str(error))
+            if isinstance(error, MemoryError)
+            else RuntimeError(f"{type(error).__name__}: {error}")
+        )
+        with contextlib.suppress(OSError):  # the one who asks may have ended
+            pipe.send((told, 0))
+        if debug:
+            raise
 
 
 def serve(pipe, contestant, batch_size, steps):
@@ -525,4 +564,4 @@ def seconds(function):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_folder.run(main)

@@ -7,32 +7,37 @@ The checkpoint is a safetensors file of minires, or one that PyTorch wrote from 
 
 import argparse
 import pathlib
-import sys
+import warnings
+
+import numpy as np
+from recipes import data_folder
+from run_folder import load_data, run
 
 from minires import cifar10
-from minires.backend import GPUError, choose_device
+from minires.backend import choose_device
 from minires.checkpoint import CheckpointError, load_model
 from minires.evaluate import confusion_matrix, predict_logits
 from minires.loss import SoftmaxCrossEntropy
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure a trained network on CIFAR-10.")
+    parser = argparse.ArgumentParser(description="Measure a trained network on CIFAR-10.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=pathlib.Path, help="a safetensors file")
-    parser.add_argument("--data", metavar="sample|DIR", help="default: $MINIRES_DATA or ~/.cache/minires")
+    parser.add_argument(
+        "--data", type=data_folder, metavar="sample|DIR", help="default: $MINIRES_DATA or ~/.cache/minires"
+    )
     parser.add_argument("--part", choices=["test", "train"], default="test", help="which images, default test")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--tta", action="store_true", help="the mean of the logits of each image and its mirror image")
+    parser.add_argument("--debug", action="store_true", help="errors with a traceback")
     args = parser.parse_args()
 
     device = choose_device(args.device)
     model, _ = load_model(args.checkpoint)
-    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data, or_download=True)
+    data = load_data(args.data)
     images, labels = (data.test_images, data.test_labels) if args.part == "test" else data[:2]
 
-    logits = predict_logits(model.to(device), images, cifar10.MEAN, cifar10.STD, tta=args.tta)
-    if logits.shape[1] != len(cifar10.CLASSES):
-        raise CheckpointError(f"{args.checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10")
+    logits = logits_of(model.to(device), images, args.checkpoint, args.tta)
     loss = float(SoftmaxCrossEntropy().forward(logits, labels))
     matrix = confusion_matrix(labels, logits.argmax(axis=1), len(cifar10.CLASSES))
 
@@ -44,12 +49,25 @@ def main():
     return 0
 
 
+def logits_of(model, images, checkpoint, tta=False):
+    """Run images through a network that a checkpoint holds.
+
+    Shapes      images (N, 32, 32, 3) uint8  ->  logits (N, 10)
+    Raises      CheckpointError for a network that tells other classes apart, or whose numbers run out of range
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what is not finite is told below, in one line
+        logits = predict_logits(model, images, cifar10.MEAN, cifar10.STD, tta=tta)
+    if logits.shape[1] != len(cifar10.CLASSES):
+        raise CheckpointError(f"{checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10: name another one")
+    if not np.isfinite(logits).all():
+        wrong = np.count_nonzero(~np.isfinite(logits).all(axis=1))
+        raise CheckpointError(
+            f"{checkpoint} gives logits that are not finite for {wrong:,} of {len(images):,} images: "
+            "its weights are too large to compute with, name another one"
+        )
+    return logits
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (GPUError, cifar10.DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except cifar10.DownloadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run(main)

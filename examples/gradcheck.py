@@ -5,7 +5,10 @@
 The relative error of each gradient is printed; above 1e-6 the check fails and says which one is wrong.
 """
 
+import argparse
+
 import numpy as np
+from run_folder import run
 
 from minires import (
     BasicBlock,
@@ -23,6 +26,9 @@ from minires import (
 
 
 def main():
+    parser = argparse.ArgumentParser(description="Check every backward of minires.", allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="errors with a traceback")
+    parser.parse_args()
     rng = np.random.default_rng(0)
     images = rng.standard_normal((4, 8, 8, 6))
     checks = [
@@ -49,4 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,31 +8,30 @@ has learned on. Reading pictures needs Pillow: pip install "minires[plot]".
 
 import argparse
 import pathlib
-import sys
 
 import numpy as np
+from evaluate import logits_of
+from run_folder import run
 
 from minires import cifar10
-from minires.backend import GPUError, choose_device
-from minires.checkpoint import CheckpointError, load_model
-from minires.evaluate import predict_logits
+from minires.backend import choose_device
+from minires.checkpoint import load_model
 
 TOP = 3
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Say what is on a picture.")
+    parser = argparse.ArgumentParser(description="Say what is on a picture.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=pathlib.Path, help="a safetensors file")
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=pathlib.Path, help="a PNG or JPEG file")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--debug", action="store_true", help="errors with a traceback")
     args = parser.parse_args()
 
     images = np.stack([read_image(path) for path in args.images])  # (N, 32, 32, 3) uint8
     device = choose_device(args.device)
     model, _ = load_model(args.checkpoint)
-    logits = predict_logits(model.to(device), images, cifar10.MEAN, cifar10.STD)  # (N, 10)
-    if logits.shape[1] != len(cifar10.CLASSES):
-        raise CheckpointError(f"{args.checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10")
+    logits = logits_of(model.to(device), images, args.checkpoint)  # (N, 10)
     exp = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exp / exp.sum(axis=1, keepdims=True)
 
@@ -66,8 +65,4 @@ def read_image(path):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (GPUError, cifar10.DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -10,6 +10,7 @@ import sys
 from run_folder import UsageError
 
 import minires
+from minires.checkpoint import CheckpointError
 
 SCHEDULES = {
     "constant": minires.constant,
@@ -79,11 +80,13 @@ RECIPES = {
         "full_train": True,
     },
 }
+MAY_BE_NONE = ("precision", "data", "limit_batches", "clip")
+POSITION = ("config", "history", "step", "seen", "loss_sum", "correct", "seconds", "epoch_seconds")  # in a checkpoint
 FREE_IN_A_RESUMED_RUN = ("device", "data", "checkpoint_every", "resume", "out", "debug")  # no result depends on them
 MAY_CHANGE_DIGITS = ("minires", "numpy", "kernels", "device")
 
 
-def parse_arguments():
+def make_parser():
     parser = argparse.ArgumentParser(description="Train the residual network on CIFAR-10.", allow_abbrev=False)
     add = parser.add_argument
     add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto, the default: a GPU where there is one")
@@ -94,7 +97,12 @@ def parse_arguments():
         "fp16, the default for others, with weights and sums in float32",
     )
     add("--graph", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, record a step and replay it")
-    add("--data", metavar="sample|DIR", help="the built-in sample or a folder; default $MINIRES_DATA, ~/.cache/minires")
+    add(
+        "--data",
+        type=data_folder,
+        metavar="sample|DIR",
+        help="the built-in sample or a folder; default $MINIRES_DATA, ~/.cache/minires",
+    )
     add(
         "--seed",
         type=at_least(0, below=2**64),
@@ -143,6 +151,12 @@ def parse_arguments():
     ingredient("--tta", "measure on mirrored test images as well", action=switch)
     ingredient("--full-train", "train on all training images; the last weights are kept", action=switch)
 
+    return parser
+
+
+def parse_arguments():
+    """Return the flags with the values of the recipe where none is given, and a dict of those that are given."""
+    parser = make_parser()
     recipe = RECIPES[parser.parse_args().recipe]
     parser.set_defaults(**RECIPES["report"] | recipe)
     args = parser.parse_args()
@@ -153,6 +167,15 @@ def parse_arguments():
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # a flag that is not given stays None
     given = {name: value for name, value in vars(parser.parse_args(namespace=unset)).items() if value is not None}
     return args, given
+
+
+def data_folder(text):
+    """Return "sample", or a folder in a way that is right wherever a run goes on from."""
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "expected sample or a folder, got an empty name; without --data the default is"
+        )
+    return text if text == "sample" else str(pathlib.Path(text).absolute())
 
 
 def at_least(least, below=math.inf):
@@ -184,7 +207,11 @@ probability = number("from 0 to below 1", lambda value: 0 <= value < 1)
 
 
 def resumed(args, given, config):
-    """Return the flags of a run that goes on: those it was begun with, and the free ones as they are given now."""
+    """Return the flags of a run that goes on: those it was begun with, and the free ones as they are given now.
+
+    Raises      UsageError if others are given, or if what the run says of its flags cannot be
+    """
+    config = checked(config, args.resume)
     different = [
         f"--{name.replace('_', '-')} is {config.get(name)} in the run and {value} on the command line"
         for name, value in given.items()
@@ -199,14 +226,65 @@ def resumed(args, given, config):
 
 
 def read_config(folder):
-    """Return what config.json says, for a run that has not come as far as its first checkpoint."""
+    """Return what config.json says, for a run that has not come as far as its first checkpoint.
+
+    Raises      UsageError for a file that cannot be read or is damaged
+    """
     path = folder / "config.json"
     try:
-        return json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, got {str(config)[:40]}")
+        missing = [name for name in ("seed", "blocks", *RECIPES["report"]) if name not in config]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing[:3])}" + (" and others" if missing[3:] else ""))
+        return config
     except OSError as error:
         raise UsageError(f"there is no run in {folder}, for {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}), and there is no checkpoint: start the run anew") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is damaged ({error}), and there is no checkpoint: start the run anew in another folder"
+        ) from error
+
+
+def position_of(metadata, folder):
+    """Return what a checkpoint's metadata say of where the run was.
+
+    Raises      CheckpointError for the checkpoint of another program
+    """
+    missing = [name for name in POSITION if name not in metadata]
+    if missing or not isinstance(metadata["config"], dict) or not isinstance(metadata["history"], list):
+        raise CheckpointError(
+            f"the checkpoint in {folder} is not one of train_cifar.py: it lacks {', '.join(missing) or 'a position'}; "
+            "name the folder of such a run"
+        )
+    return metadata
+
+
+def checked(config, folder):
+    """Return a run's settings, each flag among them as the command line would have it.
+
+    Raises      UsageError for values that no command line gives
+    """
+
+    def refuse(message):
+        raise UsageError(f"the settings of the run in {folder} are damaged ({message}): start the run anew elsewhere")
+
+    parser = make_parser()
+    parser.error = refuse
+    names = [name for name in vars(parser.parse_args([])) if name in config and name not in ("resume", "out", "debug")]
+    flags = []
+    for name in names:
+        flag, value = f"--{name.replace('_', '-')}", config[name]
+        if value is None and name not in MAY_BE_NONE:
+            refuse(f"{flag} is null")
+        if isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        elif isinstance(value, bool):
+            flags += [flag] if value else [] if name.startswith("no_") else [f"--no-{flag[2:]}"]
+        elif value is not None:
+            flags.append(f"{flag}={value}")
+    return config | {name: value for name, value in vars(parser.parse_args(flags)).items() if name in names}
 
 
 def print_changes(then, now):

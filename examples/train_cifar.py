@@ -12,10 +12,11 @@ option of its own, which overrides the recipe. The test images are looked at onc
 
 The run folder holds config.json, log.csv (a row per epoch), best.safetensors (the weights; PyTorch reads them too),
 checkpoint.safetensors (from which the run can go on, and previous.safetensors, the one before), result.json, and with
-matplotlib curves.png and images.png. Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint. A run
-that was stopped, or killed, and resumed gives the same bits as one that never was.
+matplotlib curves.png and images.png. Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint.
+A run that was stopped, or killed, and resumed gives the same bits as one that never was.
 
-Exit codes: 0 done, 1 something went wrong, 2 something was asked for that cannot be, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 something went wrong, 2 something was asked for that cannot be, 130 Ctrl-C, 143 SIGTERM, 129 the
+terminal was closed, 141 nobody reads the output any more.
 """
 
 import concurrent.futures
@@ -23,23 +24,28 @@ import contextlib
 import functools
 import hashlib
 import math
+import pathlib
 import shlex
 import sys
 import time
 import warnings
 
 import numpy as np
-from recipes import PRECISIONS, SCHEDULES, parse_arguments, print_changes, read_config, resumed
+from recipes import PRECISIONS, SCHEDULES, parse_arguments, position_of, print_changes, read_config, resumed
 from run_folder import (
     Progress,
     UsageError,
     best_of,
+    best_row_of,
+    check_space,
     draw,
-    explain,
     interrupts,
+    load_data,
     locked,
     print_row,
+    run,
     run_folder,
+    say,
     versions,
     write_json,
     write_log,
@@ -82,14 +88,10 @@ def main():
 
 def train(args, given, held):
     saved = None
-    try:
-        minires.kernels.chosen(), minires.kernels.num_threads()
-    except ValueError as error:  # in an environment variable
-        raise UsageError(str(error)) from error
     if args.resume:
         held.enter_context(locked(args.resume))
         saved = load_checkpoint(args.resume)
-        config = saved[1]["config"] if saved else read_config(args.resume)
+        config = position_of(saved[1], args.resume)["config"] if saved else read_config(args.resume)
         args = resumed(args, given, config)
         if (args.out / "result.json").exists():
             print(f"the run in {args.out} is finished, see {args.out / 'result.json'}")
@@ -105,7 +107,7 @@ def train(args, given, held):
     precision = args.precision if tensor_cores else "float32"  # a GPU's run can go on on a CPU
     gpu.set_precision("float32" if precision == "float32" else "tf32")
     dtype, loss_scale = PRECISIONS[precision], LOSS_SCALE if precision == "fp16" else 1.0
-    data = cifar10.load_sample() if args.data == "sample" else cifar10.load(args.data, or_download=True)
+    data = load_data(args.data, args.resume)
     train_index, validation_index = cifar10.split(len(data.train_images), seed=args.seed)
     if args.full_train:
         train_index, validation_index = np.arange(len(data.train_images)), np.arange(0)
@@ -137,6 +139,9 @@ def train(args, given, held):
         optimizer = minires.SGD(model.parameters(), args.lr, args.momentum, args.nesterov, **settings)
     average = minires.WeightAverage(optimizer, args.ema) if args.ema else None
     schedule = SCHEDULES[args.schedule]
+    weights = sum(array.nbytes for array in model.state_dict().values())  # a checkpoint has those of the best epoch too
+    state = sum(array.nbytes for array in training_state(model, optimizer, average).values())
+    check_space(args.out or pathlib.Path("runs"), checkpoint=state + weights, weights=weights)
 
     if args.resume:
         out = args.out
@@ -172,7 +177,7 @@ def train(args, given, held):
         epoch_seconds, seconds = position["epoch_seconds"], position["seconds"]
         if best:  # the files may be ahead of the checkpoint
             best_model = minires.ResNet.from_state_dict(best, shortcut=not args.no_shortcut)
-            save_weights(out / "best.safetensors", best_model, best_of(history))
+            save_weights(out / "best.safetensors", best_model, best_row_of(history))
             write_log(out / "log.csv", history)
     if args.resume:
         print(f"going on after step {step} of {total_steps}", flush=True)
@@ -216,7 +221,9 @@ def train(args, given, held):
             seen, sums[...], epoch_started = 0, 0, time.monotonic()
         train_loss, train_accuracy = float(sums[0]) / max(seen, 1), float(sums[1]) / max(seen, 1)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(train_images))
-        progress = Progress(f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch, done)
+        progress = Progress(
+            f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}", batches_per_epoch, done, interrupted
+        )
         order = to_device(order[: batches_per_epoch * args.batch_size], device)
         at_once = max(1, IMAGES_AT_ONCE[device] // args.batch_size)
         made = batches(train_images, train_labels, order, args, epoch, dtype, at_once, start=done * args.batch_size)
@@ -282,9 +289,11 @@ def train(args, given, held):
         row["seconds"] = round(time.monotonic() - epoch_started, 1)
         history.append(row)
         write_log(out / "log.csv", history)
-        print_row(row, header=len(history) == epochs_before + 1)
         if time.monotonic() - saved_at >= 60 * args.checkpoint_every:
             save()
+        print_row(row, len(history) == epochs_before + 1, interrupted)
+        if interrupted:
+            break
 
     # What was learned
     if (saved_step, saved_epochs) != (step, len(history)):
@@ -299,8 +308,12 @@ def train(args, given, held):
     tta = measure(tta=True, stop=lambda: interrupted) if args.tta and tested else None
     if tested is None or (args.tta and tta is None):
         epoch = min(len(history) + 1, args.epochs)
-        print(f"\ninterrupted in epoch {epoch}, after step {step} of {total_steps}; to go on from there:")
-        print("    " + shlex.join([sys.executable, sys.argv[0], "--resume", str(out)]))
+        command = [sys.executable, *(str(pathlib.Path(path).absolute()) for path in (sys.argv[0], out))]
+        say(
+            f"\ninterrupted in epoch {epoch}, after step {step} of {total_steps}; to go on from there:\n    "
+            + shlex.join([*command[:2], "--resume", command[2]]),
+            interrupted,
+        )
         return 128 + interrupted[0]  # as shells count a process that a signal has ended
     test_loss, test_accuracy = tested
     result = {"test_loss": test_loss, "test_accuracy": test_accuracy}
@@ -377,16 +390,4 @@ def not_finite(what, epoch, step, saved_step, lr):
 
 
 if __name__ == "__main__":
-    debug = "--debug" in sys.argv
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    try:
-        code, line = main(), ""
-    except KeyboardInterrupt:  # before the loop
-        code, line = 130, ""
-    except Exception as error:
-        if debug:
-            raise
-        code, line = explain(error)
-    if line:
-        print(f"error: {line}", file=sys.stderr)
-    sys.exit(code)
+    run(main)

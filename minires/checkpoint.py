@@ -27,11 +27,13 @@ import numpy as np
 
 from minires.backend import array_module, to_numpy
 from minires.layers import Dropout
+from minires.module import UNUSED_IN_PYTORCH_STATE
 from minires.resnet import ResNet
 
 CHECKPOINT, PREVIOUS, DAMAGED = (f"{name}.safetensors" for name in ("checkpoint", "previous", "damaged"))
 PART = ".minires-part"  # the ending of a file that is being written
 FORMAT = 1  # goes up when a checkpoint's names change
+FLOATS = ("float16", "float32", "float64")
 HEADER_LIMIT = 2**22  # bytes; that of a checkpoint of the default network has 25,000, and 200 for each epoch
 
 
@@ -92,13 +94,24 @@ def load_model(path):
     """Build the ResNet whose weights are in a safetensors file, written by `save_weights` or from PyTorch.
 
     Returns     the model, in evaluation mode, on the CPU; the metadata, {} where there is none
-    Raises      CheckpointError for a file that cannot be read, is damaged, or holds another network or values that are
-                not finite
+    Raises      CheckpointError for a file that cannot be read, is damaged, or holds another network, numbers of another
+                type than float16, float32 or float64, values that are not finite, or a negative variance
     """
     state, metadata = _read(path)
     for name, array in state.items():
+        last = name.rpartition(".")[2]
+        if array.dtype.name not in FLOATS and not (last == UNUSED_IN_PYTORCH_STATE and array.dtype.kind in "iu"):
+            raise CheckpointError(
+                f"{path}: {name} holds numbers of type {array.dtype}, expected one of {', '.join(FLOATS)}: "
+                "save the weights as they were trained"
+            )
         if not np.isfinite(array).all():
-            raise CheckpointError(f"{path}: {name} holds values that are not finite")
+            raise CheckpointError(f"{path}: {name} holds values that are not finite: save weights from before that")
+        if last == "running_var" and (array < 0).any():
+            raise CheckpointError(
+                f"{path}: {name} holds {array.min():.4g}, and a variance is at least 0: save the weights as they were "
+                "trained"
+            )
     try:
         model = ResNet.from_state_dict(state, metadata.get("shortcut"))
     except (ValueError, IndexError, ArithmeticError, AttributeError) as error:
@@ -136,11 +149,13 @@ def restore_training_state(model, optimizer, average, state):
         if name in state and state[name].shape != shape
     ]
     if errors:
-        raise CheckpointError("the checkpoint does not fit this optimizer and network: " + "; ".join(errors))
+        raise CheckpointError(
+            f"the checkpoint does not fit this optimizer and network: {'; '.join(errors)}. Build them as it was saved"
+        )
     try:
         model.load_state_dict(part_of(state, "model."))
     except ValueError as error:
-        raise CheckpointError(f"the checkpoint does not fit this network: {error}") from error
+        raise CheckpointError(f"the checkpoint does not fit this network: {error}. Build it as it was saved") from error
     for name, array in arrays.items():
         array[...] = array_module(array).asarray(state[name])
     for name, owner, count in counts:
@@ -199,7 +214,10 @@ def load_checkpoint(folder):
                 kept = f" (kept as {DAMAGED})"
             warnings.warn(f"{problems[0]}{kept}; going on from {path}, the checkpoint before it", stacklevel=2)
         return state, metadata
-    raise CheckpointError(f"no checkpoint in {folder} can be used: " + "; ".join(problems))
+    raise CheckpointError(
+        f"no checkpoint in {folder} can be used: {'; '.join(problems)}. Bring one back from a copy, or start the run "
+        "anew in another folder"
+    )
 
 
 def _kept_arrays(model, optimizer, average):
@@ -253,9 +271,18 @@ def _read(path):
         text = metadata.get("minires", "{}")
         if {"minires", "sha256"} & set(metadata) and metadata.get("sha256") != _checksum(arrays, text):
             raise CheckpointError(f"{path} is damaged: its content does not have the checksum that it was written with")
-        return arrays, json.loads(text)
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict):
+            raise CheckpointError(f"{path} is damaged: its metadata are {text[:40]}, expected a JSON object")
+        return arrays, metadata
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}; name a file that is there and may be read"
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(
+            f"{path} is damaged: its metadata are nested too deeply, expected a JSON object"
+        ) from error
     except TypeError as error:  # NumPy has no bfloat16
         raise CheckpointError(f"{path} holds numbers that NumPy cannot read ({error}): save it in float32") from error
     except CheckpointError:

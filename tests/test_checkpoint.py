@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from minires import SGD, Adam, ResNet, WeightAverage
+from minires import SGD, Adam, ResNet, WeightAverage, checkpoint
 from minires.checkpoint import CheckpointError, load_model, restore_training_state, save_weights, training_state
 
 
@@ -58,11 +58,45 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
         ({"layer1.0.conv1.weight": np.zeros((0, 4, 3, 3), np.float32)}, "holds no network that minires can build"),
         ({"bn1.bias": np.zeros(5, np.float32)}, r"bn1\.bias has shape \(5,\), expected \(4,\)"),
         ({"linear.bias": np.full(10, np.nan, np.float32)}, r"linear\.bias holds values that are not finite"),
+        (
+            {"linear.bias": np.zeros(10, np.int32)},
+            r"linear\.bias holds numbers of type int32, expected one of float16, ",
+        ),
+        ({"linear.bias": np.zeros(10, np.bool_)}, r"linear\.bias holds numbers of type bool, expected .* as they were"),
+        ({"bn1.num_batches_tracked": np.array(True)}, r"bn1\.num_batches_tracked holds numbers of type bool"),
+        (
+            {"bn1.running_var": np.full(4, -0.5, np.float32)},
+            r"bn1\.running_var holds -0\.5, and a variance is at least 0",
+        ),
     ],
 )
 def test_states_that_make_no_network_are_named(tmp_path, change, message):
     path = tmp_path / "odd.safetensors"
     safetensors.numpy.save_file(ResNet((1,), (4,)).state_dict() | change, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_weights_of_each_floating_type_and_pytorchs_counts_are_taken(tmp_path, dtype):
+    path = tmp_path / "model.safetensors"
+    state = {name: array.astype(dtype) for name, array in ResNet((1,), (4,)).state_dict().items()}
+    safetensors.numpy.save_file(state | {"bn1.num_batches_tracked": np.array(7)}, path)
+    loaded = load_model(path)[0].state_dict()
+    assert all((loaded[name] == array).all() for name, array in state.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", r"is damaged: its metadata are \[1, 2\], expected a JSON object"),
+        ('"text"', 'is damaged: its metadata are "text", expected a JSON object'),
+        ("[" * 100_000 + "]" * 100_000, "is damaged: its metadata are nested too deeply"),
+    ],
+)
+def test_metadata_that_are_no_object_are_refused(tmp_path, text, message):
+    path, state = tmp_path / "odd.safetensors", ResNet((1,), (4,)).state_dict()
+    safetensors.numpy.save_file(state, path, {"minires": text, "sha256": checkpoint._checksum(state, text)})
     with pytest.raises(CheckpointError, match=message):
         load_model(path)
 

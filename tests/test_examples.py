@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -345,7 +347,7 @@ def test_a_network_with_other_classes_is_refused(tmp_path):
     path = tmp_path / "five.safetensors"
     save_weights(path, ResNet((1,), (8,), num_classes=5))
     code, _, err = run("evaluate.py", path, "--data", "sample")
-    assert (code, err) == (2, f"error: {path} tells 5 classes apart, CIFAR-10 has 10\n")
+    assert (code, err) == (2, f"error: {path} tells 5 classes apart, CIFAR-10 has 10: name another one\n")
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "predict.py"])
@@ -359,6 +361,24 @@ def test_a_checkpoint_that_is_none_is_named(script, tmp_path):
     code, _, err = run(script, path, *images)
     assert code == 2
     assert err.startswith(f"error: {path} is no safetensors file, or a damaged one")
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "predict.py"])
+def test_logits_that_are_not_finite_are_told_in_one_line(script, tmp_path):
+    path, model = tmp_path / "huge.safetensors", ResNet((1,), (8,))
+    for parameter in model.parameters():
+        parameter.data[...] = 3e38
+    save_weights(path, model)
+    args, count = ["--data", "sample"], 500
+    if script == "predict.py":
+        pytest.importorskip("PIL.Image").new("RGB", (32, 32)).save(tmp_path / "black.png")
+        args, count = [tmp_path / "black.png"], 1
+    code, out, err = run(script, path, *args)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: {path} gives logits that are not finite for {count} of {count} images: its weights are too large to "
+        "compute with, name another one\n"
+    )
 
 
 def test_a_picture_that_is_none_is_named(checkpoint, tmp_path):
@@ -418,6 +438,168 @@ def test_an_ablation_makes_a_table_and_goes_on_where_it_was_stopped(tmp_path):
     assert err.startswith(f"error: {tmp_path / 'study' / 'report' / 'seed-0'} was made with the options ")
     assert "name another --out" in err
 
+    free = ["--device", "auto", "--checkpoint-every", "3", "--debug"]
+    free_study = [option for option in study if option not in ("--device", "cpu")]
+    code, out, err = run("ablation.py", *free_study, "--seeds", 1, *free)
+    assert (code, out, err) == (0, table_of(tmp_path / "study"), "")
+
+    settings = tmp_path / "study" / "report" / "seed-0.json"
+    result = tmp_path / "study" / "report" / "seed-0" / "result.json"
+    for path, text, message in (
+        (result, "{", f"{result} is damaged ("),
+        (result, "[]", f"{result} is damaged (got []): remove {result.parent}, and the run is made anew"),
+        (settings, "{}", f"{settings} is damaged (got {{}}): remove {settings.with_suffix('')} and it, and "),
+        (settings, None, f"{result.parent} is no run of this study, for {settings} is missing: move it away, or name "),
+    ):
+        before = path.read_text()
+        path.unlink() if text is None else path.write_text(text)
+        code, _, err = run("ablation.py", *study, "--seeds", 1)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith(f"error: {message}")
+        path.write_text(before)
+
+
+def table_of(study):
+    return (study / "table.md").read_text()
+
+
+def test_what_may_differ_in_a_run_that_goes_on_is_told_from_the_rest():
+    from ablation import without_free
+
+    assert without_free(["--data", "/a", "--lr", "0.1", "--debug", "--blocks", "1", "2", "1", "1"]) == (
+        ["--lr", "0.1", "--blocks", "1", "2", "1", "1"],
+        ["--data", "/a", "--debug"],
+    )
+    assert without_free(["--data=sample", "--device=gpu"]) == (["--data", "sample"], ["--device", "gpu"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_study_that_is_stopped_waits_for_the_checkpoint_of_its_run(tmp_path, number, code):
+    options = ["--data", "sample", "--device", "cpu", "--batch-size", "4", "--epochs", "50", "--limit-batches", "3"]
+    study = [*options, "--variants", "blocks 1 1 1 1", "--seeds", "1", "--out", tmp_path]
+    process = start("ablation.py", *study)
+    assert process.stdout.readline().startswith("run 1 of 1")
+    assert "run folder" in process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "to go on from there" in out
+    folder = tmp_path / "blocks-1-1-1-1" / "seed-0"
+    assert (folder / "checkpoint.safetensors").exists()
+    assert "Traceback" not in err
+
+
+def test_a_run_that_is_still_being_made_is_left_alone(tmp_path):
+    from run_folder import locked
+
+    study = [*SMALL_STUDY, "--variants", "report", "--seeds", "1", "--out", tmp_path]
+    folder = tmp_path / "report" / "seed-0"
+    assert run("ablation.py", *study, "--limit-batches", "2")[0] == 0
+    (folder / "result.json").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with locked(folder):
+        code, _, err = run("ablation.py", *study, "--limit-batches", "2")
+    assert code == 2
+    assert err == f"error: {folder} is in use by another process: wait until it ends, or stop it\n"
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+EVERY_SCRIPT = ["ablation.py", "augmentations.py", "benchmark.py", "evaluate.py", "gradcheck.py", "predict.py"]
+
+
+@pytest.mark.parametrize("script", EVERY_SCRIPT)
+def test_every_script_tells_its_errors_in_one_line(script, checkpoint):
+    args = {"evaluate.py": [checkpoint], "predict.py": [checkpoint, "x.png"]}.get(script, [])
+    for name, value in (("MINIRES_KERNELS", "foo"), ("MINIRES_NUM_THREADS", "0")):
+        code, out, err = run(script, *args, env={**os.environ, name: value})
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"error: {name} must be ")
+    code, out, err = run(script, *args, "--debug", env={**os.environ, "MINIRES_KERNELS": "foo"})
+    assert code == 1
+    assert "Traceback" in err
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("script", [*EVERY_SCRIPT, "train_cifar.py"])
+def test_an_output_that_is_full_or_closed_is_told_in_one_line_or_none(script):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / script, "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr in ("", "error: standard output: No space left on device\n")
+    process = start(script, "--help")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait(timeout=60)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_results_that_cannot_be_printed_are_an_error(checkpoint):
+    command = [sys.executable, EXAMPLES / "evaluate.py", checkpoint, "--data", "sample"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+    process = start("evaluate.py", checkpoint, "--data", "sample")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+    process.stderr.close()
+
+
+def test_an_empty_name_for_the_data_is_refused(checkpoint):
+    code, _, err = run("evaluate.py", checkpoint, "--data", "")
+    assert code == 2
+    assert "--data: expected sample or a folder, got an empty name" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got 0"),
+        (["--rounds", "0"], "--rounds: expected a whole number of at least 1, got 0"),
+        (["--steps", "-2"], "--steps: expected a whole number of at least 1, got -2"),
+    ],
+)
+def test_numbers_that_leave_nothing_to_time_are_refused(args, message):
+    code, _, err = run("benchmark.py", *args)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+
+
+def test_a_benchmark_on_a_gpu_that_is_not_there_names_the_cause():
+    try:
+        backend.gpu_library()
+    except backend.GPUError as error:
+        cause = str(error)
+    else:
+        pytest.skip("there is a GPU here")
+    code, _, err = run("benchmark.py", "--device", "gpu")
+    assert (code, err) == (2, f"error: {cause}\n")
+
+
+def test_an_interrupted_script_says_nothing(checkpoint):
+    process = start("gradcheck.py")
+    process.stdout.readline()  # it runs
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+
+
+class Failing:
+    """A contestant that cannot be."""
+
+    def __init__(self, *args):
+        raise MemoryError("no room")
+
+
+def test_what_ends_a_contestant_is_told_by_the_benchmark():
+    from benchmark import Worker
+
+    with pytest.raises(MemoryError, match="no room"):
+        Worker(Failing, 2, 1).ask("version")
+
 
 def test_a_variant_that_does_not_end_well_does_not_end_the_study(tmp_path, monkeypatch, capsys):
     import ablation
@@ -442,7 +624,8 @@ def test_a_variant_that_does_not_end_well_does_not_end_the_study(tmp_path, monke
     assert len(made) == 3 * len(ablation.STUDIES["report"])
     out, err = capsys.readouterr()
     assert "plain, without sums, seed 2, did not end well" in err
-    assert "| SGD | 1,000 | 3 | 76.00 ± 1.00 % | 0.7600 ± 0.0100 | 76.00 ± 1.00 % | 0.7600 ± 0.0100 | 1 |" in out
+    accuracy, loss = "76.00 ± 1.00 %", "0.7600 ± 0.0100"
+    assert f"| SGD | 1,000 | 3 | {accuracy} | {loss} | {accuracy} | {accuracy} | {loss} | 1 |" in out
     assert "| plain, without sums |" not in out
 
 

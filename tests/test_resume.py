@@ -15,9 +15,19 @@ import numpy as np
 import pytest
 
 from minires import ResNet, evaluate, kernels
-from minires.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, CheckpointError, load_checkpoint, load_model
+from minires.checkpoint import (
+    CHECKPOINT,
+    DAMAGED,
+    PREVIOUS,
+    CheckpointError,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 
 train_cifar = pytest.importorskip("train_cifar")
+from run_folder import check_space, explain, run_folder  # noqa: E402  (what examples need may be missing)
+
 SCRIPT = pathlib.Path(train_cifar.__file__)
 EPOCHS, STEPS = 2, 3  # of a run, and of each epoch
 FLAGS = f"--data sample --epochs {EPOCHS} --batch-size 10 --limit-batches {STEPS} --device cpu --schedule one-cycle"
@@ -76,7 +86,8 @@ def content(folder):
     with open(folder / "log.csv") as file:
         log = list(csv.DictReader(file))
     result = json.loads((folder / "result.json").read_text())
-    for seconds in (position, *position["history"], row, *log, result):
+    assert "seconds" not in row
+    for seconds in (position, *position["history"], *log, result):
         seconds.pop("seconds", None)
     for settings in ("epoch_seconds", "config"):
         position.pop(settings)
@@ -412,18 +423,20 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer(begin, monkeypatch
 # As people meet it
 
 
-def start(*args):
+def start(*args, **kwargs):
     command = [sys.executable, SCRIPT, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_command_that_is_printed_goes_on_with_the_run(tmp_path, number, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_path, number, code):
     flags = "--data sample --epochs 1 --batch-size 4 --limit-batches 20 --blocks 1 1 1 1 --device cpu"
-    process = start(*flags.split(), "--out", tmp_path / "my run")
+    process = start(*flags.split(), "--out", "my run", cwd=tmp_path)
     process.stdout.readline()  # printed when the run begins
     time.sleep(1)
     process.send_signal(number)
+    if number == signal.SIGHUP:  # from the terminal and from the shell
+        process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert err == "\nending after this step; Ctrl-C again ends at once, without saving\n"
@@ -461,6 +474,12 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
             "error: --out /dev/null/x cannot be made: Not a directory",
         ),
         (["--checkpoint-every", "-1"], {}, 2, "--checkpoint-every: expected a number of at least 0, got -1"),
+        (
+            ["--data", ""],
+            {},
+            2,
+            "--data: expected sample or a folder, got an empty name; without --data the default is",
+        ),
     ],
 )
 def test_mistakes_end_with_one_line(flags, environment, code, line):
@@ -476,10 +495,11 @@ def test_mistakes_end_with_one_line(flags, environment, code, line):
     ("error", "code", "line"),
     [
         (
-            OSError(28, "No space left on device", "run/log.csv"),
+            OSError(28, "No space left on device", "elsewhere/picture.png"),
             1,
-            "run/log.csv: No space left on device; what was there",
+            "elsewhere/picture.png: No space left on device$",
         ),
+        (BrokenPipeError(32, "Broken pipe"), 141, "$"),
         (MemoryError("out of memory: 9 GB"), 1, "out of memory: 9 GB; a run that had begun is in its last checkpoint"),
         (KeyError("x"), 1, r"KeyError: 'x' \(--debug shows the place\)"),
         (CheckpointError("x is damaged"), 2, "x is damaged"),
@@ -488,11 +508,192 @@ def test_mistakes_end_with_one_line(flags, environment, code, line):
 def test_errors_become_an_exit_code_and_a_line(error, code, line):
     import re
 
-    assert train_cifar.explain(error)[0] == code
-    assert re.match(line, train_cifar.explain(error)[1])
+    assert explain(error)[0] == code
+    assert re.match(line, explain(error)[1])
 
 
 def test_debug_shows_the_traceback(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, "--resume", "/nowhere", "--debug"], capture_output=True, text=True)
     assert "Traceback" in done.stderr
     assert done.returncode == 1
+
+
+# The output, the disk, the folder
+
+
+def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_checkpoint(tmp_path):
+    flags = "--data sample --epochs 3 --batch-size 4 --limit-batches 3 --blocks 1 1 1 1 --device cpu --out run"
+    process = start(*flags.split(), cwd=tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+    process.stderr.close()
+    position = load_checkpoint(tmp_path / "run")[1]
+    assert (position["step"], len(position["history"])) == (3, 1)
+    done = subprocess.run([sys.executable, SCRIPT, "--resume", tmp_path / "run"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_row_that_cannot_be_printed_does_not_lose_its_epoch(begin, go_on, whole, tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        written = sys.stdout
+
+        def write_log(*args):  # from now on, output is in vain
+            patch.setattr(sys, "stdout", full)
+            original(*args)
+
+        original = train_cifar.write_log
+        patch.setattr(train_cifar, "write_log", write_log)
+        with pytest.warns(UserWarning, match="standard output: No space left on device; ending after this step"):
+            assert begin() == 141
+        patch.setattr(sys, "stdout", written)
+    assert len(load_checkpoint(tmp_path / "run")[1]["history"]) == 1
+    assert go_on() == 0
+    assert content(tmp_path / "run") == whole
+
+
+def test_a_hangup_does_not_end_what_nohup_has_begun():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train_cifar.interrupts() as interrupted:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupted == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_best_weights_are_the_same_file_in_a_run_that_was_stopped(begin, go_on, train, tmp_path, monkeypatch):
+    assert train(*FLAGS.split(), "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 4)
+        assert begin() == 130
+    assert go_on() == 0
+    whole, stopped = ((tmp_path / name / "best.safetensors").read_bytes() for name in ("whole", "run"))
+    assert whole == stopped
+
+
+def test_a_disk_without_room_for_a_run_is_told_before_it_begins(begin, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 100_000})
+    monkeypatch.setattr("run_folder.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(train_cifar.UsageError) as caught:
+        begin()
+    message = str(caught.value)
+    assert message.startswith(f"the disk of {tmp_path / 'run'} has 0 MB free, and the run needs 1 MB: make room, or ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_room_that_a_run_needs_is_that_of_three_checkpoints_and_the_weights(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 0})
+    monkeypatch.setattr("run_folder.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(train_cifar.UsageError, match="has 0 MB free, and the run needs 261 MB"):
+        check_space(tmp_path / "new" / "run", 80_000_000, 20_000_000)
+    for name, size in ((CHECKPOINT, 80), (PREVIOUS, 80), ("best.safetensors", 20)):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size * 1_000_000)
+    with pytest.raises(train_cifar.UsageError, match="has 0 MB free, and the run needs 81 MB"):
+        check_space(tmp_path, 80_000_000, 20_000_000)
+    usage.free = 82_000_000
+    check_space(tmp_path, 80_000_000, 20_000_000)
+
+
+def test_a_full_disk_names_the_folder_to_go_on_with(stopped):
+    code, line = explain(OSError(28, "No space left on device", str(stopped / "log.csv")))
+    assert code == 1
+    assert line == (
+        f"{stopped / 'log.csv'}: No space left on device; what was there before is unharmed. Once the cause is mended, "
+        f"the run goes on with --resume {stopped}"
+    )
+
+
+def test_folders_that_cannot_be_written_to_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("run_folder.tempfile.TemporaryFile", refuse)
+        with pytest.raises(train_cifar.UsageError, match="out cannot be written to: Permission denied; name another"):
+            run_folder(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("run_folder.pathlib.Path.mkdir", refuse)
+        with pytest.raises(
+            train_cifar.UsageError, match=r"/runs/.* cannot be made: Permission denied; name a folder by"
+        ):
+            run_folder(None)
+    (tmp_path / "runs").write_text("no folder")
+    with pytest.raises(train_cifar.UsageError, match=r"/runs/.* cannot be made: .*; name a folder by --out"):
+        run_folder(None)
+
+
+def test_a_relative_data_folder_is_kept_as_an_absolute_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for given, kept in (("d3", str(tmp_path / "d3")), ("sample", "sample"), ("./sample", str(tmp_path / "sample"))):
+        monkeypatch.setattr(sys, "argv", ["train_cifar.py", "--data", given])
+        args, flags = train_cifar.parse_arguments()
+        assert (args.data, flags["data"]) == (kept, kept)
+
+
+def test_data_that_have_gone_can_be_named_anew(stopped, go_on, train):
+    with pytest.raises(train_cifar.cifar10.DataError, match=r"/gone/.* is missing.*; or name its data by --data DIR$"):
+        go_on("--data", "/gone")
+    with pytest.raises(train_cifar.cifar10.DataError) as caught:
+        train("--data", "/gone")
+    assert "or name its data" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[]",
+            r"config\.json is damaged \(expected an object, got \[\]\), and there is no checkpoint: start the run anew",
+        ),
+        ('"abc"', r"config\.json is damaged \(expected an object, got abc\)"),
+        ("{}", r"config\.json is damaged \(it lacks seed, blocks, epochs and others\)"),
+        ("[" * 100_000, r"config\.json is damaged \(.*\), and there is no checkpoint"),
+        (b"\xff\xfe", r"config\.json is damaged \(.*\), and there is no checkpoint"),
+    ],
+)
+def test_settings_that_are_none_are_refused(train, tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(train_cifar.UsageError, match=message):
+        train("--resume", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", "x", "--epochs: expected a whole number of at least 1, got x"),
+        ("epochs", None, "--epochs is null"),
+        ("epochs", True, "--epochs: expected one argument"),
+        ("lr", -1, "--lr: expected a number above 0, got -1"),
+        ("blocks", [1, 2], "--blocks: expected 4 arguments"),
+        ("blocks", 3, "--blocks: expected 4 arguments"),
+        ("schedule", "none", "--schedule: invalid choice: 'none'"),
+        ("graph", 7, "--graph.*: ignored explicit argument"),
+        ("optimizer", {}, "--optimizer: invalid choice"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(stopped, go_on, name, value, message):
+    (stopped / CHECKPOINT).unlink()
+    config = json.loads((stopped / "config.json").read_text())
+    (stopped / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(train_cifar.UsageError) as caught:
+        go_on()
+    import re
+
+    assert re.search(message, str(caught.value))
+    assert str(caught.value).startswith(f"the settings of the run in {stopped} are damaged (")
+    assert str(caught.value).endswith("): start the run anew elsewhere")
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path, train):
+    save_checkpoint(tmp_path, {"a": np.zeros(3)}, {"step": 500})
+    with pytest.raises(
+        CheckpointError, match=r"is not one of train_cifar\.py: it lacks config, history, seen, .*; name"
+    ):
+        train("--resume", tmp_path)
