@@ -105,6 +105,8 @@ def train(args, given, held):
     if args.precision != "float32" and not tensor_cores and not args.resume:
         raise UsageError(f"--precision {args.precision} needs a GPU and its fast kernels; without, it is float32")
     precision = args.precision if tensor_cores else "float32"  # a GPU's run can go on on a CPU
+    if device == "gpu" and not tensor_cores:
+        print("note: the reference kernels serve this GPU; the fast ones need compute capability 8.0", file=sys.stderr)
     gpu.set_precision("float32" if precision == "float32" else "tf32")
     dtype, loss_scale = PRECISIONS[precision], LOSS_SCALE if precision == "fp16" else 1.0
     data = load_data(args.data, args.resume)
