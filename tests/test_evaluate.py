@@ -71,3 +71,10 @@ def test_measuring_statistics_leaves_training_as_it_was():
     logits = predict_logits(model, data.train_images[:20], MEAN, STD)
     model.dropout.eval()
     np.testing.assert_allclose(logits, model(x), atol=1e-3)  # the statistics of x, but for the biased variance
+
+
+def test_a_short_batch_counts_by_its_images(rng):
+    norm = BatchNorm2d(2)
+    batches = [rng.standard_normal((n, 3, 3, 2)).astype(np.float32) for n in (4, 4, 1)]
+    measure_statistics(norm, batches)
+    np.testing.assert_allclose(norm.running_mean.data, np.concatenate(batches).mean((0, 1, 2)), rtol=1e-4)
