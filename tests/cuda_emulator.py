@@ -31,10 +31,10 @@ class RawModule:
             for i, name in enumerate(self.names)
         )
         code = code.replace("extern __shared__", "extern")  # here __shared__ means static, and both at once cannot be
-        self.library = build(f'#include "cuda_emulator.h"\n{code}\n{launchers}')
+        self.compiled = build(f'#include "cuda_emulator.h"\n{code}\n{launchers}')
 
     def get_function(self, name):
-        return Kernel(getattr(self.library, f"launch_{self.names.index(name)}"))
+        return Kernel(getattr(self.compiled, f"launch_{self.names.index(name)}"))
 
 
 @functools.cache
