@@ -26,7 +26,7 @@ import time
 
 import numpy as np
 import run_folder
-from recipes import at_least
+from recipes import LOSS_SCALE, PRECISIONS, at_least
 
 import minires
 from minires.backend import gpu_library
@@ -37,8 +37,6 @@ from minires.summary import output_shapes, parts_first
 WARMUP = 2  # steps that are not timed
 GPU_WARMUP = 8  # PyTorch tries its algorithms out in the first steps
 GPU_SECONDS = 0.3  # of steps that are timed together
-PRECISIONS = ("fp16", "tf32", "float32")
-LOSS_SCALE = 1024.0  # with fp16
 EPOCH = 40_000  # images
 
 
@@ -54,7 +52,9 @@ def main():
         metavar="N",
         help="default 128, on a GPU 128 512 1024; only a GPU takes several",
     )
-    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="on a GPU")
+    parser.add_argument(
+        "--precision", nargs="+", choices=list(PRECISIONS), default=[*reversed(PRECISIONS)], help="on a GPU"
+    )
     parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="default 5")
     parser.add_argument(
         "--steps", type=at_least(1), default=3, metavar="N", help="timed steps of each in a round, default 3"
@@ -74,14 +74,7 @@ def main():
     if args.layers:
         print_layers(args.batch_size, args.rounds * args.steps)
         return
-    contestants = {"minires": Minires}
-    if importlib.util.find_spec("torch"):
-        contestants["PyTorch eager"] = Torch
-        if args.compile:
-            contestants["torch.compile"] = TorchCompiled
-    else:
-        print("PyTorch is not installed: minires runs alone")
-
+    contestants = {"minires": Minires} | torch_contestants(Torch, TorchCompiled, args.compile)
     workers = {name: Worker(contestant, args.batch_size, args.steps) for name, contestant in contestants.items()}
     print("versions: " + ", ".join(f"{name} {worker.ask('version')}" for name, worker in workers.items()))
     for task in ("train", "evaluate"):
@@ -96,6 +89,14 @@ def main():
         )
     for worker in workers.values():
         worker.stop()
+
+
+def torch_contestants(eager, compiled, with_compiled):
+    """PyTorch's contestants by name, none where it is not installed."""
+    if not importlib.util.find_spec("torch"):
+        print("PyTorch is not installed: minires runs alone")
+        return {}
+    return {"PyTorch eager": eager} | ({"torch.compile": compiled} if with_compiled else {})
 
 
 def processor():
@@ -270,12 +271,7 @@ def benchmark_gpu(args):
         print_kernels(args)
         return
     contestants = {"minires": MiniresOnGPU, "minires, not recorded": MiniresUnrecorded}
-    if importlib.util.find_spec("torch"):
-        contestants["PyTorch eager"] = TorchOnGPU
-        if args.compile:
-            contestants["torch.compile"] = TorchCompiledOnGPU
-    else:
-        print("PyTorch is not installed: minires runs alone")
+    contestants |= torch_contestants(TorchOnGPU, TorchCompiledOnGPU, args.compile)
     workers = {name: Worker(contestant) for name, contestant in contestants.items()}
     print("versions: " + ", ".join(f"{name} {worker.ask('version')}" for name, worker in workers.items()) + "\n")
     print(
@@ -316,7 +312,7 @@ class MiniresOnGPU:
         free, _ = cupy.cuda.runtime.memGetInfo()
         gpu.set_precision("float32" if precision == "float32" else "tf32")
         rng = np.random.default_rng(0)
-        images = rng.standard_normal((batch_size, 32, 32, 3)).astype("float16" if precision == "fp16" else "float32")
+        images = rng.standard_normal((batch_size, 32, 32, 3)).astype(PRECISIONS[precision])
         images, labels = cupy.asarray(images), cupy.asarray(rng.integers(0, 10, batch_size))
         model, loss_function = minires.ResNet().to("gpu"), minires.SoftmaxCrossEntropy()
         optimizer = minires.Adam(model.parameters())

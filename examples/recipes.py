@@ -20,6 +20,7 @@ SCHEDULES = {
 }
 FLIPS = ("none", "random", "alternating")
 PRECISIONS = {"float32": "float32", "tf32": "float32", "fp16": "float16"}  # and the type of the images
+LOSS_SCALE = 1024.0  # with fp16: small gradients stay above 0, and the largest far below the limit of 65,504
 RECIPES = {
     "report": {  # Shamooun, Deshmukh and Alamuru, "Residual Network Design"
         "epochs": 20,

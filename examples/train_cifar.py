@@ -31,7 +31,7 @@ import time
 import warnings
 
 import numpy as np
-from recipes import PRECISIONS, SCHEDULES, parse_arguments, position_of, print_changes, read_config, resumed
+from recipes import LOSS_SCALE, PRECISIONS, SCHEDULES, parse_arguments, position_of, print_changes, read_config, resumed
 from run_folder import (
     Progress,
     UsageError,
@@ -72,7 +72,6 @@ from minires.kernels import gpu
 
 STEPS_BETWEEN_READINGS = {"cpu": 1, "gpu": 10}  # reading the loss waits for the GPU
 IMAGES_AT_ONCE = {"cpu": 1, "gpu": 5120}  # that are augmented together: on a GPU, many small launches take longer
-LOSS_SCALE = 1024.0  # with fp16: small gradients stay above 0, and the largest far below the limit of 65,504
 STATISTICS_IMAGES = 5000  # with which BatchNorm's statistics are measured for averaged weights, one in eight or ten
 
 

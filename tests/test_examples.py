@@ -274,13 +274,19 @@ def test_where_there_are_no_data_and_no_network_the_ways_out_are_named(tmp_path,
     assert error.endswith(f"python -m minires.cifar10 download {tmp_path}")
 
 
-def test_asking_for_a_gpu_that_is_not_there_names_the_cause(tmp_path):
+@pytest.fixture
+def cause():
+    """Why there is no GPU here."""
     try:
         backend.gpu_library()
     except backend.GPUError as error:
         cause = str(error)
     else:
         pytest.skip("there is a GPU here")
+    return cause
+
+
+def test_asking_for_a_gpu_that_is_not_there_names_the_cause(tmp_path, cause):
     code, _, err = run("train_cifar.py", *SMALL_RUN, "--device", "gpu", "--out", tmp_path / "run")
     assert (code, err) == (2, f"error: {cause}\n")
     assert not (tmp_path / "run").exists()
@@ -568,13 +574,7 @@ def test_numbers_that_leave_nothing_to_time_are_refused(args, message):
     assert message in err.splitlines()[-1]
 
 
-def test_a_benchmark_on_a_gpu_that_is_not_there_names_the_cause():
-    try:
-        backend.gpu_library()
-    except backend.GPUError as error:
-        cause = str(error)
-    else:
-        pytest.skip("there is a GPU here")
+def test_a_benchmark_on_a_gpu_that_is_not_there_names_the_cause(cause):
     code, _, err = run("benchmark.py", "--device", "gpu")
     assert (code, err) == (2, f"error: {cause}\n")
 
