@@ -3,13 +3,15 @@
     python examples/ablation.py --seeds 1 --data sample --epochs 2 --batch-size 50        a smoke test
     python examples/ablation.py --study report                                            the whole study, for a GPU
     python examples/ablation.py --study fast --variants fast "no cutout" --seeds 5        a part of another
+    python examples/ablation.py --study recipes                                           what each recipe reaches
 
 All other options go to train_cifar.py as they are. Each run has a folder of its own, OUT/VARIANT/seed-N. A run that is
 there is not made again: the study can be stopped at any time (after Ctrl-C and SIGTERM the run at hand writes a
 checkpoint) and goes on with the same command, and with more seeds or variants it takes over what it has. OUT/table.md
 and, with matplotlib, OUT/ablation.png are made anew after each run.
 
-Compare variants by their validation accuracy; the test accuracy is what to report for the one that was chosen.
+Compare variants by their validation accuracy; the test accuracy is what to report for the one that was chosen. The
+recipes themselves have nothing left to choose: two of them train on all images, and the test accuracy is their result.
 """
 
 import argparse
@@ -21,13 +23,14 @@ import subprocess
 import sys
 
 import numpy as np
-from recipes import at_least
+from recipes import RECIPES, at_least
 from run_folder import UsageError, ending_signals, run, write_json
 
 from minires import plots
 from minires.checkpoint import write_atomically
 
 TRAIN = pathlib.Path(__file__).parent / "train_cifar.py"
+FAST = ["--recipe", "fast", "--no-full-train"]  # a fifth of the training images is kept for validation
 SGD = ["--optimizer", "sgd", "--lr", "0.1", "--weight-decay", "5e-4"]  # Zagoruyko and Komodakis 2016
 STUDIES = {
     "report": {  # the story of the report's method section, one step away from its network and its recipe
@@ -43,21 +46,22 @@ STUDIES = {
         "SGD": SGD,
         "SGD, cosine": [*SGD, "--schedule", "cosine"],
     },
-    "fast": {  # the fast recipe without each of its ingredients; a fifth of the training images is kept for validation
-        "fast": ["--recipe", "fast"],
-        "Adam at 0.001": ["--recipe", "fast", "--optimizer", "adam", "--lr", "1e-3", "--weight-decay", "0"],
-        "momentum without Nesterov": ["--recipe", "fast", "--no-nesterov"],
-        "one-cycle schedule": ["--recipe", "fast", "--schedule", "one-cycle"],
-        "constant rate": ["--recipe", "fast", "--schedule", "constant"],
-        "no weight decay": ["--recipe", "fast", "--weight-decay", "0"],
-        "decay on vectors": ["--recipe", "fast", "--decay-vectors"],
-        "no label smoothing": ["--recipe", "fast", "--label-smoothing", "0"],
-        "no cutout": ["--recipe", "fast", "--cutout", "0"],
-        "random flip": ["--recipe", "fast", "--flip", "random"],
-        "TrivialAugment": ["--recipe", "fast", "--trivial-augment"],
-        "no average": ["--recipe", "fast", "--ema", "0"],
-        "dropout 0.5": ["--recipe", "fast", "--dropout", "0.5"],
+    "fast": {  # the fast recipe without each of its ingredients
+        "fast": FAST,
+        "Adam at 0.001": [*FAST, "--optimizer", "adam", "--lr", "1e-3", "--weight-decay", "0"],
+        "momentum without Nesterov": [*FAST, "--no-nesterov"],
+        "one-cycle schedule": [*FAST, "--schedule", "one-cycle"],
+        "constant rate": [*FAST, "--schedule", "constant"],
+        "no weight decay": [*FAST, "--weight-decay", "0"],
+        "decay on vectors": [*FAST, "--decay-vectors"],
+        "no label smoothing": [*FAST, "--label-smoothing", "0"],
+        "no cutout": [*FAST, "--cutout", "0"],
+        "random flip": [*FAST, "--flip", "random"],
+        "TrivialAugment": [*FAST, "--trivial-augment"],
+        "no average": [*FAST, "--ema", "0"],
+        "dropout 0.5": [*FAST, "--dropout", "0.5"],
     },
+    "recipes": {name: ["--recipe", name] for name in RECIPES},
 }
 COLUMNS = ("validation_accuracy", "validation_loss", "test_accuracy", "test_accuracy_tta", "test_loss", "seconds")
 
@@ -79,9 +83,9 @@ def parse_arguments():
         parser.error(
             f"--variants: {unknown[0]!r} is not in the study {args.study}, which has " + "; ".join(STUDIES[args.study])
         )
-    for flag in ("--full-train", "--seed", "--resume"):
-        if flag in args.shared:
-            parser.error(f"{flag} is for train_cifar.py: a study has validation images, and seeds of its own (--seeds)")
+    for flag in ("--recipe", "--full-train", "--seed", "--resume"):
+        if any(option.partition("=")[0] == flag for option in args.shared):
+            parser.error(f"{flag} is for train_cifar.py: a study says what it trains, and has seeds of its own (--seeds)")
     args.out = args.out or pathlib.Path("runs", f"ablation-{args.study}")
     return args
 
@@ -92,7 +96,7 @@ def main():
     runs = [(name, seed) for seed in range(args.seeds) for name in variants]  # once all of them, then all again
     for i, (name, seed) in enumerate(runs, start=1):
         folder = folder_of(args.out, name) / f"seed-{seed}"
-        options = [*variants[name], "--no-full-train", *args.shared, "--seed", str(seed)]
+        options = [*variants[name], *args.shared, "--seed", str(seed)]
         if not is_made(folder, options):
             print(f"run {i} of {len(runs)}: {name}, seed {seed}", flush=True)
             code = train(folder, options)
@@ -233,9 +237,10 @@ def write_table(args, variants):
         ]
         lines.append(f"| {name} | {parameters:,} | {len(results['seconds'])} | " + " | ".join(cells) + " |")
     write_atomically(args.out / "table.md", ("\n".join(lines) + "\n").encode())
+    part = "test" if args.study == "recipes" else "validation"
     try:
-        accuracies = {name: [100 * value for value in results["validation_accuracy"]] for name, _, results in rows}
-        plots.plot_runs(accuracies, "validation accuracy, %", args.out / "ablation.png")
+        accuracies = {name: [100 * value for value in results[f"{part}_accuracy"]] for name, _, results in rows}
+        plots.plot_runs(accuracies, f"{part} accuracy, %", args.out / "ablation.png")
     except ImportError as error:
         if getattr(error, "name", None) != "matplotlib":
             print(f"no picture {args.out / 'ablation.png'}: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The examples as people run them: what they write, what they print, and how they end."""
 
 import csv
+import importlib.util
 import json
 import os
 import pathlib
@@ -465,6 +466,29 @@ def test_an_ablation_makes_a_table_and_goes_on_where_it_was_stopped(tmp_path):
         path.write_text(before)
 
 
+def test_a_study_of_the_recipes_has_their_test_accuracies(tmp_path):
+    study = ["--study", "recipes", "--seeds", "1", *SMALL_STUDY, "--out", tmp_path]
+    code, out, err = run("ablation.py", *study)
+    assert code == 0, err
+    for row, recipe in zip(table_of(tmp_path).splitlines()[2:], ("report", "fast", "best"), strict=True):
+        result = json.loads((tmp_path / recipe / "seed-0" / "result.json").read_text())
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        assert cells[:3] == [recipe, "4,977,226", "1"]
+        assert cells[5] == f"{100 * result['test_accuracy']:.2f} %"
+        if recipe != "report":  # trained on all images, and measured on mirrored ones
+            assert cells[3:5] == ["", ""]
+            assert cells[6] == f"{100 * result['test_accuracy_tta']:.2f} %"
+    assert (tmp_path / "ablation.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+@pytest.mark.parametrize("options", [["--recipe=best"], ["--full-train"], ["--seed", "1"], ["--resume", "runs/a"]])
+def test_what_a_study_decides_by_itself_is_refused(options):
+    code, _, err = run("ablation.py", *options)
+    flag = options[0].partition("=")[0]
+    message = f"{flag} is for train_cifar.py: a study says what it trains, and has seeds of its own (--seeds)"
+    assert (code, err.splitlines()[-1]) == (2, f"ablation.py: error: {message}")
+
+
 def table_of(study):
     return (study / "table.md").read_text()
 
@@ -647,6 +671,7 @@ def test_every_variant_is_understood_by_the_training_script(monkeypatch):
 
     for study, variants in ablation.STUDIES.items():
         for name, options in variants.items():
-            monkeypatch.setattr(sys, "argv", ["train_cifar.py", *options, "--no-full-train"])
+            monkeypatch.setattr(sys, "argv", ["train_cifar.py", *options])
             args, _ = train_cifar.parse_arguments()
-            assert (args.recipe == "fast") == (study == "fast"), name
+            assert args.recipe == (name if study == "recipes" else study), name
+            assert args.full_train == (study == "recipes" and name != "report"), name
