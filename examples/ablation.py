@@ -85,7 +85,7 @@ def parse_arguments():
         )
     for flag in ("--recipe", "--full-train", "--seed", "--resume"):
         if any(option.partition("=")[0] == flag for option in args.shared):
-            parser.error(f"{flag} is for train_cifar.py: a study says what it trains, and has seeds of its own (--seeds)")
+            parser.error(f"{flag} is for train_cifar.py: a study has a recipe and seeds of its own (--seeds)")
     args.out = args.out or pathlib.Path("runs", f"ablation-{args.study}")
     return args
 

@@ -3,7 +3,7 @@
     python examples/predict.py runs/my-run/best.safetensors cat.png dog.jpg
 
 A picture of any size is cut to its largest centred square and scaled down to 32x32 pixels, which is what the network
-has learned on. Reading pictures needs Pillow: pip install "minires[plot]".
+has learned on. Reading pictures needs Pillow: pip install -e ".[plot]".
 """
 
 import argparse
@@ -49,7 +49,7 @@ def read_image(path):
     try:
         from PIL import Image, ImageOps
     except ModuleNotFoundError:
-        raise cifar10.DataError('reading pictures needs Pillow: pip install "minires[plot]"') from None
+        raise cifar10.DataError('reading pictures needs Pillow: pip install -e ".[plot]"') from None
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)

@@ -2,7 +2,7 @@
 
 Images are channels last, (N, H, W, C), and weights are stored as the products use them; the shapes of PyTorch appear in
 `state_dict` only. Every layer that draws random numbers takes `rng`, a NumPy Generator or a seed; without it the
-numbers differ from run to run.
+numbers differ from run to run. Every backward raises ValueError for a dout whose shape is not that of the output.
 """
 
 import math
@@ -28,6 +28,7 @@ class ReLU(Module):
 
     def backward(self, dout):
         (out,) = self._take_cache()
+        _check_dout(self, dout, out.shape)
         return kernels_for(dout).relu_backward(dout, out)
 
 
@@ -38,7 +39,7 @@ class Dropout(Module):
     a run where it was left, set `step`. On a GPU it is kept there, as an array without axes: a recorded pass (see
     kernels/gpu.py) counts on by itself.
 
-    Cached      the step, from which backward draws the mask again
+    Cached      the step, from which backward draws the mask again, and the shape of x
     Modes       in evaluation the identity
     Args        p: the probability of 0, from 0 up to but not including 1
     Raises      ValueError for another p
@@ -55,16 +56,17 @@ class Dropout(Module):
 
     def forward(self, x):
         if not self.training or self.p == 0:
-            self._keep(None)
+            self._keep(None, x.shape)
             return x
         xp = array_module(x)
         self.step = int(self.step) if xp is np else xp.asarray(self.step, dtype="uint64")
         self.step += 1  # in place if it is an array; backward comes before the next forward, so it finds the same
-        self._keep(self.step)
+        self._keep(self.step, x.shape)
         return kernels_for(x).dropout_forward(x, self.p, self.key, self.step)
 
     def backward(self, dout):
-        (step,) = self._take_cache()
+        step, x_shape = self._take_cache()
+        _check_dout(self, dout, x_shape)
         return dout if step is None else kernels_for(dout).dropout_backward(dout, self.p, self.key, step)
 
 
@@ -97,6 +99,7 @@ class Linear(Module):
 
     def backward(self, dout):
         (x,) = self._take_cache()
+        _check_dout(self, dout, (len(x), self.out_features))
         dx, dweight, dbias = kernels_for(dout).linear_backward(dout, x, self.weight.data)
         self.weight.grad += dweight
         if self.bias:
@@ -120,6 +123,7 @@ class GlobalAvgPool2d(Module):
 
     def backward(self, dout):
         (x_shape,) = self._take_cache()
+        _check_dout(self, dout, (x_shape[0], x_shape[3]))
         return kernels_for(dout).global_avg_pool2d_backward(dout, x_shape)
 
 
@@ -173,6 +177,7 @@ class BatchNorm2d(Module):
 
     def backward(self, dout):
         x, out, mean, var, has_residual = self._take_cache()
+        _check_dout(self, dout, x.shape)
         dx, dweight, dbias, dresidual = kernels_for(dout).batch_norm_backward(
             dout, x, out, self.weight.data, mean, var, self.eps, self.relu, has_residual
         )
@@ -188,7 +193,7 @@ class Bias2d(Module):
 
     Backward    dx, or with a residual the pair (dx, dresidual), which are the same array
     Shapes      x and residual (N, H, W, C)  ->  out (N, H, W, C)
-    Cached      with relu out, whose sign is the mask
+    Cached      the shape of x; with relu also out, whose sign is the mask
     Raises      ValueError for a size below 1, an x of another shape or dtype, a residual that does not match
     """
 
@@ -201,11 +206,12 @@ class Bias2d(Module):
         _check_images(self, x, self.num_features)
         _check_residual(self, x, residual)
         out = kernels_for(x).add_and_relu(x + self.bias.data.astype(x.dtype), residual, self.relu)
-        self._keep(out if self.relu else None, residual is not None)
+        self._keep(x.shape, out if self.relu else None, residual is not None)
         return out
 
     def backward(self, dout):
-        out, has_residual = self._take_cache()
+        x_shape, out, has_residual = self._take_cache()
+        _check_dout(self, dout, x_shape)
         kernels = kernels_for(dout)
         dx = kernels.relu_backward(dout, out) if self.relu else dout
         self.bias.grad += kernels.sum_over_rows(dx)
@@ -218,8 +224,8 @@ class Conv2d(Module):
     Backward    backward(dout, need_dx=False) leaves out the gradient of x and returns None, for a first layer
     Shapes      x (N, H, W, in_channels)  ->  out (N, oh, ow, out_channels),
                 oh = (H + 2 padding - kernel_size) // stride + 1, and ow likewise
-    Cached      x. Its columns, kernel_size^2 times as large, are made again in backward, a few images at a time:
-                kept for a batch of 128, those of the default network would take 1.6 GB
+    Cached      x and the shape of out. The columns of x, kernel_size^2 times as large, are made again in backward, a
+                few images at a time: kept for a batch of 128, those of the default network would take 1.6 GB
     Limits      square windows, the same stride and padding both ways, no dilation, no groups
     Args        kernel_size, stride: pixels, at least 1; padding: pixels of zeros on every side, at least 0
     Raises      ValueError for sizes that are no such numbers, and for an x of another shape or dtype, or smaller than
@@ -248,13 +254,15 @@ class Conv2d(Module):
             raise ValueError(
                 f"Conv2d: with padding {self.padding}, a window of {self.kernel_size} does not fit into {x.shape}"
             )
-        self._keep(x)
-        return kernels_for(x).conv2d_forward(
+        out = kernels_for(x).conv2d_forward(
             x, self.weight.data, self.bias and self.bias.data, self.stride, self.padding
         )
+        self._keep(x, out.shape)
+        return out
 
     def backward(self, dout, need_dx=True):
-        (x,) = self._take_cache()
+        x, out_shape = self._take_cache()
+        _check_dout(self, dout, out_shape)
         dx, dweight, dbias = kernels_for(dout).conv2d_backward(
             dout, x, self.weight.data, self.stride, self.padding, need_dx, need_dbias=self.bias is not None
         )
@@ -281,6 +289,13 @@ def _check_residual(layer, x, residual):
         raise ValueError(
             f"{type(layer).__name__} expects a residual like x, {x.shape} {x.dtype}, got {residual.shape} "
             f"{residual.dtype}"
+        )
+
+
+def _check_dout(layer, dout, out_shape):
+    if dout.shape != out_shape:
+        raise ValueError(
+            f"{type(layer).__name__}.backward expects the gradient of its output, {out_shape}, got {dout.shape}"
         )
 
 

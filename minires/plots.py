@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn with matplotlib where it is installed: pip install "minires[plot]"."""
+"""Pictures of a run, drawn with matplotlib where it is installed: pip install -e ".[plot]"."""
 
 import math
 

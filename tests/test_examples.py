@@ -468,7 +468,7 @@ def test_an_ablation_makes_a_table_and_goes_on_where_it_was_stopped(tmp_path):
 
 def test_a_study_of_the_recipes_has_their_test_accuracies(tmp_path):
     study = ["--study", "recipes", "--seeds", "1", *SMALL_STUDY, "--out", tmp_path]
-    code, out, err = run("ablation.py", *study)
+    code, _, err = run("ablation.py", *study)
     assert code == 0, err
     for row, recipe in zip(table_of(tmp_path).splitlines()[2:], ("report", "fast", "best"), strict=True):
         result = json.loads((tmp_path / recipe / "seed-0" / "result.json").read_text())
@@ -485,7 +485,7 @@ def test_a_study_of_the_recipes_has_their_test_accuracies(tmp_path):
 def test_what_a_study_decides_by_itself_is_refused(options):
     code, _, err = run("ablation.py", *options)
     flag = options[0].partition("=")[0]
-    message = f"{flag} is for train_cifar.py: a study says what it trains, and has seeds of its own (--seeds)"
+    message = f"{flag} is for train_cifar.py: a study has a recipe and seeds of its own (--seeds)"
     assert (code, err.splitlines()[-1]) == (2, f"ablation.py: error: {message}")
 
 

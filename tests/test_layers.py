@@ -1,5 +1,7 @@
 """Each layer: gradients, modes, initial values and the messages for inputs that do not fit."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -148,6 +150,31 @@ def test_a_seed_fixes_the_initial_weights():
 def test_inputs_that_do_not_fit_are_named(layer, x, message):
     with pytest.raises(ValueError, match=message):
         layer(x)
+
+
+@pytest.mark.parametrize("dout_shape", [(1,), (4, 4), (2, 1, 1, 4), (2, 4, 4, 1), (2, 4, 4, 4, 1), (3, 4, 4, 4)])
+@pytest.mark.parametrize(
+    "layer", [ReLU(), Dropout(0.5), Dropout(0), BatchNorm2d(4), Bias2d(4), Conv2d(4, 4, 3, padding=1)]
+)
+def test_a_dout_that_would_only_broadcast_is_refused(layer, dout_shape):
+    layer(np.ones((2, 4, 4, 4), np.float32))
+    message = f"{type(layer).__name__}.backward expects the gradient of its output, (2, 4, 4, 4), got {dout_shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer.backward(np.ones(dout_shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x_shape", "out_shape"),
+    [
+        (Linear(5, 3), (4, 5), (4, 3)),
+        (GlobalAvgPool2d(), (4, 2, 2, 3), (4, 3)),
+        (Conv2d(3, 6, 3, stride=2), (4, 9, 7, 3), (4, 4, 3, 6)),
+    ],
+)
+def test_a_dout_in_the_shape_of_the_input_is_refused(layer, x_shape, out_shape):
+    layer(np.ones(x_shape, np.float32))
+    with pytest.raises(ValueError, match=re.escape(f"the gradient of its output, {out_shape}, got {x_shape}")):
+        layer.backward(np.ones(x_shape, np.float32))
 
 
 def test_a_residual_that_does_not_match_is_named():
