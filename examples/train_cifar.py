@@ -98,15 +98,7 @@ def train(args, given, held):
 
     # Data: one split, images as bytes on the device
     device = choose_device(args.device)
-    tensor_cores = device == "gpu" and minires.kernels.chosen() == "fast" and gpu.is_for(minires.backend.gpu_library())
-    if args.precision is None:
-        args.precision = "float32" if not tensor_cores else "tf32" if args.recipe == "report" else "fp16"
-    if args.precision != "float32" and not tensor_cores and not args.resume:
-        raise UsageError(f"--precision {args.precision} needs a GPU and its fast kernels; without, it is float32")
-    precision = args.precision if tensor_cores else "float32"  # a GPU's run can go on on a CPU
-    if device == "gpu" and not tensor_cores:
-        print("note: the reference kernels serve this GPU; the fast ones need compute capability 8.0", file=sys.stderr)
-    gpu.set_precision("float32" if precision == "float32" else "tf32")
+    precision = choose_precision(args, device)
     dtype, loss_scale = PRECISIONS[precision], LOSS_SCALE if precision == "fp16" else 1.0
     data = load_data(args.data, args.resume)
     train_index, validation_index = cifar10.split(len(data.train_images), seed=args.seed)
@@ -335,6 +327,25 @@ def train(args, given, held):
         + f"with the weights of epoch {best_row['epoch']}; {result['seconds']:.0f} s"
     )
     return 0
+
+
+def choose_precision(args, device):
+    """Return how convolutions multiply in this process, and set it; the flag gets its default, for config.json.
+
+    A run that was begun on a GPU can go on on a CPU, in float32.
+
+    Raises      UsageError for a precision that needs tensor cores, where there are none
+    """
+    tensor_cores = device == "gpu" and minires.kernels.chosen() == "fast" and gpu.is_for(minires.backend.gpu_library())
+    if args.precision is None:
+        args.precision = "float32" if not tensor_cores else "tf32" if args.recipe == "report" else "fp16"
+    if args.precision != "float32" and not tensor_cores and not args.resume:
+        raise UsageError(f"--precision {args.precision} needs a GPU and its fast kernels; without, it is float32")
+    if device == "gpu" and not tensor_cores:
+        print("note: the reference kernels serve this GPU; the fast ones need compute capability 8.0", file=sys.stderr)
+    precision = args.precision if tensor_cores else "float32"
+    gpu.set_precision("float32" if precision == "float32" else "tf32")
+    return precision
 
 
 def batches(images, labels, order, args, epoch, dtype, at_once=1, start=0):
