@@ -478,7 +478,7 @@ def print_layers(batch_size, steps):
 
     The floor of a convolution is its multiplications (a quarter of them for a 3x3 window with stride 1, by Winograd's
     F(4x4, 3x3)) at the rate of a large matrix product; that of a normalisation is reading and writing each of its
-    arrays once, at the rate of a copy.
+    arrays once, those of the ReLU and of the sum that it includes among them, at the rate of a copy.
     """
     rng = np.random.default_rng(0)
     contestant = Minires(
@@ -513,10 +513,11 @@ def print_layers(batch_size, steps):
     print(f"a product of 4096x4096 matrices runs at {gflops:.0f} GFLOP/s, a copy moves {gigabytes:.1f} GB/s\n")
     print(f"{'layer':<26} {'output':<14} {'forward':>8} {'floor':>7} {'backward':>9} {'floor':>7}   milliseconds")
     names = {module: name for name, module in contestant.model.named_modules()}
+    with_residual = [part.bn2 for part in contestant.model.modules() if isinstance(part, minires.BasicBlock)]
     sums = np.zeros(4)
     for layer in leaves:
         forward, backward = (statistics.median(timings[layer, way][WARMUP:]) for way in ("forward", "backward"))
-        floors = floor(layer, shapes, batch_size, gflops, gigabytes, need_dx=layer is not leaves[0])
+        floors = floor(layer, shapes, batch_size, gflops, gigabytes, layer is not leaves[0], layer in with_residual)
         row = (forward, floors[0], backward, floors[1])
         sums += row
         shape = "x".join(map(str, shapes[layer]))
@@ -527,7 +528,7 @@ def print_layers(batch_size, steps):
     print(f"{'a training step':<58} {total:9.1f} {sums[1] + sums[3]:7.1f}")
 
 
-def floor(layer, shapes, batch_size, gflops, gigabytes, need_dx):
+def floor(layer, shapes, batch_size, gflops, gigabytes, need_dx, has_residual):
     """The least milliseconds of a layer's forward and backward."""
     size = batch_size * int(np.prod(shapes[layer]))  # of the output
     if isinstance(layer, minires.Conv2d):
@@ -536,7 +537,7 @@ def floor(layer, shapes, batch_size, gflops, gigabytes, need_dx):
         return products / gflops / 1e6, (1 + need_dx) * products / gflops / 1e6
     if isinstance(layer, minires.BatchNorm2d):
         once = 4 * size / gigabytes / 1e6
-        return 2 * once, 4 * once  # x, out; dout, x, out, dx
+        return (2 + has_residual) * once, (3 + layer.relu + has_residual) * once  # x, out; dout, x, dx
     return 0.0, 0.0
 
 

@@ -171,6 +171,7 @@ def train(args, given, held):
         if best:  # the files may be ahead of the checkpoint
             best_model = minires.ResNet.from_state_dict(best, shortcut=not args.no_shortcut)
             save_weights(out / "best.safetensors", best_model, best_row_of(history))
+        if history:
             write_log(out / "log.csv", history)
     if args.resume:
         print(f"going on after step {step} of {total_steps}", flush=True)

@@ -13,8 +13,8 @@ from minires.loss import SoftmaxCrossEntropy
 def measure_statistics(model, batches):
     """Set the running statistics of every BatchNorm to their mean over some batches, by the number of images in each.
 
-    For weights that no training step has left behind, averages of weights above all. Other layers, dropout among them,
-    are in evaluation mode meanwhile; each part's mode is restored.
+    For weights that did not come out of a training step themselves, above all averaged ones. Other layers, dropout
+    among them, are in evaluation mode meanwhile; each part's mode is restored.
 
     Shapes      batches: several (N, H, W, C), as in training: normalised, on the model's device
     Source      Izmailov et al. 2018, "Averaging weights leads to wider optima", section 3.2
@@ -53,13 +53,14 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: asked
                 before each batch; once it says True, the rest is left undone and None is returned
     """
-    device = "cpu" if array_module(model.parameters()[0].data) is np else "gpu"
+    weight = model.parameters()[0].data
+    device = "cpu" if array_module(weight) is np else "gpu"
     logits = []
     with evaluation_mode(model):
         for start in range(0, len(images), batch_size):
             if stop():
                 return None
-            batch = normalize(to_device(images[start : start + batch_size], device), mean, std)
+            batch = normalize(to_device(images[start : start + batch_size], device), mean, std, weight.dtype)
             out = model(batch)
             if tta:
                 out = (out + model(array_module(batch).ascontiguousarray(batch[:, :, ::-1]))) / 2

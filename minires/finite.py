@@ -34,7 +34,7 @@ def first_not_finite(model, passes):
     def watched(way, name, module, method):
         def call(*args, **kwargs):
             result = method(*args, **kwargs)
-            own = [value for value in vars(module).values() if isinstance(value, Parameter)]
+            own = [parameter for _, parameter in module.attributes(Parameter)]
             made = [*result] if isinstance(result, tuple) else [] if result is None else [result]
             made += [parameter.grad for parameter in own if way == "backward"]
             if not found and made and not all_finite(made):

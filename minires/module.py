@@ -66,8 +66,8 @@ class Module:
                     block an array has two readers), adds the gradients of the parameters into their grad, and returns
                     the gradient of the input.
 
-    Parameters, buffers and child modules are the attributes that are such, in the order in which they were set; lists
-    of modules count as well. Their names are dotted paths: layer1.0.conv1.weight.
+    Parameters, buffers and child modules are the attributes that are such, in the order in which they were set; those
+    in lists count as well. Their names are dotted paths: layer1.0.conv1.weight.
     """
 
     training = True
@@ -93,13 +93,17 @@ class Module:
         cache, self._cache = self._cache, None
         return cache
 
-    def named_children(self):
-        """Yield (name, module) for each direct part."""
+    def attributes(self, kind):
+        """Yield (name, value) for each attribute of a kind, and (name.0, value) and so on for those in a list."""
         for name, value in vars(self).items():
-            if isinstance(value, Module):
+            if isinstance(value, kind):
                 yield name, value
             elif isinstance(value, list | tuple):
-                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Module))
+                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, kind))
+
+    def named_children(self):
+        """Yield (name, module) for each direct part."""
+        return self.attributes(Module)
 
     def named_modules(self, prefix=""):
         """Yield (dotted name, module) for this module and every part of it, each before its own parts."""
@@ -113,9 +117,8 @@ class Module:
     def named_state(self):
         """Yield (dotted name, Parameter or Buffer) in the order of PyTorch's state_dict."""
         for prefix, module in self.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Buffer):
-                    yield (f"{prefix}.{name}" if prefix else name), value
+            for name, value in module.attributes(Buffer):
+                yield (f"{prefix}.{name}" if prefix else name), value
 
     def named_parameters(self):
         """Yield (dotted name, Parameter)."""

@@ -16,8 +16,8 @@ from minires.backend import array_module
 from minires.kernels import kernels_for
 from minires.module import Parameter
 
-# A parameter starts at a multiple of this many numbers, at which a GPU reads 16 bytes a thread, in 16-bit numbers too,
-# and a warp of 32 threads reads whole lines of its cache of 128 bytes. All the parameters' padding takes 5 kB.
+# A parameter starts at a multiple of this many numbers: a GPU's convolutions read weights 16 bytes at a time, and a
+# warp of 32 threads reads whole lines of the cache, of 128 bytes. In the default network this adds 54 numbers.
 ALIGNMENT = 64
 
 
@@ -184,7 +184,7 @@ class FlatParameters:
     """All parameters of an optimizer end to end in one array, and their gradients in another.
 
     Each Parameter's data and grad become views of these arrays, in its shape. Layers do not notice; a step, a
-    zero_grad or an average is one pass over one array instead of one over each of 45. On a GPU that is one launch.
+    zero_grad or an average is one pass over one array instead of one over each of 44. On a GPU that is one launch.
 
     Matrices come first and vectors (biases, BatchNorm's parameters) last, so that those with weight decay and those
     without are one slice each. Between the parameters there are zeros, and whatever an optimizer does to a parameter

@@ -28,7 +28,7 @@ def summary(model, input_shape=(32, 32, 3)):
     shapes = output_shapes(model, input_shape)
     rows = []
     for module in parts_first(model):
-        own = sum(p.data.size for p in vars(module).values() if isinstance(p, Parameter))
+        own = sum(p.data.size for _, p in module.attributes(Parameter))
         is_block = any(True for _ in module.named_children())
         if module in shapes and (own or is_block) and not isinstance(module, Sequential):
             rows.append((f"{type(module).__name__}-{len(rows) + 1}", shapes[module], own))

@@ -27,6 +27,16 @@ def test_the_batch_size_does_not_matter_and_the_mode_is_restored():
     assert loss == pytest.approx(-np.log(probabilities[np.arange(50), labels]).mean(), rel=1e-5)
 
 
+def test_a_network_in_float64_is_evaluated_in_float64():
+    images, labels = load_sample().test_images[:20], load_sample().test_labels[:20]
+    model = ResNet((1,), (4,))
+    loss, accuracy = evaluate(model, images, labels, MEAN, STD)
+    loss64, accuracy64 = evaluate(model.to(dtype="float64"), images, labels, MEAN, STD)
+    assert predict_logits(model, images, MEAN, STD).dtype == np.float64
+    assert accuracy64 == accuracy
+    assert abs(loss64 - loss) < 1e-6
+
+
 def test_confusion_by_hand():
     matrix = confusion_matrix(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 1]), 3)
     np.testing.assert_array_equal(matrix, [[1, 0, 1], [0, 1, 0], [0, 1, 0]])

@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 
-from minires import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Module, Parameter, ReLU, Sequential
+from minires import (
+    BatchNorm2d,
+    Bias2d,
+    Buffer,
+    Conv2d,
+    Dropout,
+    GlobalAvgPool2d,
+    Linear,
+    Module,
+    Parameter,
+    ReLU,
+    Sequential,
+)
 
 LAYERS = [
     (lambda rng: ReLU(), (2, 5, 5, 3)),
@@ -96,17 +108,20 @@ class Nested(Module):
     def __init__(self):
         self.scale = Parameter(np.ones(2))
         self.branches = [Linear(2, 3), Sequential(Linear(3, 2, bias=False))]
+        self.shifts = [Parameter(np.zeros(4)), Buffer(np.zeros(5))]
         self.note = "not a part"
 
 
 def test_names_are_dotted_paths_through_attributes_lists_and_sequentials():
     assert [name for name, _ in Nested().named_parameters()] == [
         "scale",
+        "shifts.0",
         "branches.0.weight",
         "branches.0.bias",
         "branches.1.0.weight",
     ]
-    assert Nested().num_parameters() == 2 + 6 + 3 + 6
+    assert Nested().num_parameters() == 2 + 4 + 6 + 3 + 6
+    assert "shifts.1" in Nested().state_dict()
 
 
 def test_train_and_eval_reach_every_part_and_return_self():

@@ -147,6 +147,20 @@ def test_stopped_anywhere_with_averaged_weights(train, tmp_path, monkeypatch, fu
         assert content(tmp_path / f"run {step}") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("full", ["--full-train", "--no-full-train"])
+def test_a_log_that_is_ahead_of_the_checkpoint_is_set_back(train, tmp_path, monkeypatch, full):
+    def stopped_at(step, *args):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, step)
+            assert train(*args) == 130
+
+    stopped_at(STEPS, *FLAGS.split(), full, "--out", tmp_path / "run")
+    log = (tmp_path / "run" / "log.csv").read_text()
+    (tmp_path / "run" / "log.csv").write_text(log + log.splitlines()[-1] + "\n")  # as if killed after another epoch
+    stopped_at(STEPS + 1, "--resume", tmp_path / "run")
+    assert (tmp_path / "run" / "log.csv").read_text() == log
+
+
 def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_and_tested(train, tmp_path, monkeypatch):
     """Three batches give the statistics and one is validated in each epoch; the ninth batch is the test's."""
     flags = [*FLAGS.split(), "--recipe", "fast", "--no-full-train"]

@@ -455,9 +455,9 @@ def winograd_conv2d(x, weight):
                     product = INPUT.T ((WEIGHT g) * (OUTPUT.T d))
                 The row of OUTPUT.T for the point a is (1, a, a^2, a^3), so it takes the value of d. That of WEIGHT is
                 (1, a, a^2) over the product of the differences from a to the other points, and that of INPUT has the
-                coefficients of prod (t - b) over the other points b: together, Lagrange's interpolation.
-                For a fixed g the product is a matrix times d. A filter is the same matrix transposed: its four outputs
-                y[i] = sum_k x[i + k] g[k] take from x what the product gave to it. Hence
+                coefficients of prod (t - b) over the other finite b: together, Lagrange's interpolation.
+                For a fixed g the product is a matrix times d, which has g[j - i] in row j and column i. A filter is the
+                same matrix transposed, as y[i] = sum_k g[k] x[i + k] = sum_j g[j - i] x[j]. Transpose both sides:
                     y = OUTPUT ((WEIGHT g) * (INPUT x))
                 with six multiplications in place of twelve. In two dimensions it is done along columns, then along
                 rows: 36 in place of 144. OUTPUT is linear, so channels are added before it, and each of the 36 places

@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(256)
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V, step = blockDim.y;
     const int row = blockIdx.x * ROWS * step + threadIdx.y;
     if (c >= C) return;
-    float scale[V], slope[V], shift[V];  // dx = scale g - slope x - shift: the formula, sorted by what varies
+    float scale[V], slope[V], shift[V];  // dx = scale g - slope (x - mean) - shift, sorted by what varies
     for (int v = 0; v < V; ++v) {
         const float rstd = rsqrtf(var[c + v] + eps);
         scale[v] = weight[c + v] * rstd;
@@ -444,8 +444,8 @@ __global__ void __launch_bounds__(256)
 // ---------------------------------------------------------------------------------------------------------------------
 
 // columns[(n, i, j), (h, w, c)] = x[n, i stride + h - padding, j stride + w - padding, c]; a row has `row_size` places,
-// and what is beyond kh kw C is 0.   Grid: a thread for V places.   Bytes: x and the columns, 1 each V divides
-// row_size; where it divides C as well, the V places are one load (WHOLE).
+// and what is beyond kh kw C is 0. V divides row_size; where it divides C as well, V places are one load (WHOLE).
+// Grid: a thread for V places.   Bytes: x and the columns, 1 each
 template <typename T, int V, bool WHOLE>
 __global__ void im2col(const T* x, T* columns, long long size, int row_size, int H, int W, int C, int oh, int ow,
                        int kh, int kw, int stride, int padding) {

@@ -191,8 +191,7 @@ def product(a, b, dtype, bias=None):
     xp = array_module(a)
     (M, K), N = a.shape, b.shape[1]
     if M * N * K > SMALL_PRODUCT and min(M, N, K) >= NARROW_PRODUCT:
-        common = a.dtype if a.dtype == b.dtype == dtype else "float32"  # sums in float16 would overflow
-        out = (a.astype(common, copy=False) @ b.astype(common, copy=False)).astype(dtype, copy=False)
+        out = (a.astype("float32", copy=False) @ b.astype("float32", copy=False)).astype(dtype, copy=False)
         return out if bias is None else (out + bias).astype(dtype, copy=False)
     out = xp.empty((M, N), dtype)
     strides = [stride // array.dtype.itemsize for array in (a, b) for stride in array.strides]
@@ -212,7 +211,7 @@ def linear_backward(dout, x, weight):
 
 
 def sum_over_rows(x):
-    """See `reference.sum_over_rows`; here the sums are float32."""
+    """See `reference.sum_over_rows`; here the result is float32 for float16 too."""
     (x,) = contiguous(x)
     C = x.shape[-1]
     out = array_module(x).empty(C, "float32")

@@ -1,14 +1,15 @@
 """The mathematics of every layer: each forward with its backward right below, for NumPy and CuPy alike.
 
 This is the page to read first. Every function is pure: it takes arrays, returns new ones and writes to none of its
-arguments (the two optimizer updates at the end, which are there to write, are the exception).
+arguments, but for the four whose names say update, which are there to write.
 
 A backward is given dout, the derivative of the loss by the forward's output, and returns the derivative of the loss by
 each input, in the shape of that input. It is found the same way each time: ask through which outputs an element of
 the input meets the loss, and add up.
 
 Letters in shapes: N images in the batch, H and W height and width, C channels in, O channels out, kh and kw the size of
-a convolution's window, oh and ow height and width of the output, K classes. Images are NHWC: channels last.
+a convolution's window, oh and ow height and width of the output, D numbers that describe an image at the end of the
+network, K classes; M = N H W. Images are NHWC: channels last.
 """
 
 import math
@@ -75,7 +76,7 @@ def linear_backward(dout, x, weight):
 
 
 def sum_over_rows(x):
-    """Sum over every axis but the last, in float64: a float32 sum of 131,072 rows would lose three digits.
+    """Sum over every axis but the last, in float64: a float32 sum of 131,072 rows would lose two digits.
 
     Shapes      x (..., C)  ->  (C,), in the dtype of x
     """
@@ -215,12 +216,14 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_d
                 dbias = sum g        dweight = sum g x_hat       (over the M rows)
                 dx = weight / sqrt(var + eps) (g - dbias / M - x_hat dweight / M)
 
-    Why         Write g_hat = g weight for the gradient that reaches x_hat. x meets the loss in three ways: directly,
-                through the mean and through the variance. The mean moves every x_hat of the channel by the same amount,
-                the variance moves each in proportion to x_hat itself. So dx is g_hat without its part along 1 and
-                without its part along x_hat:
-                    dx = (g_hat - mean(g_hat) - x_hat mean(g_hat x_hat)) / sqrt(var + eps)
-                and the two means are weight dbias / M and weight dweight / M.
+    Why         Write rstd for 1 / sqrt(var + eps), and g_hat = g weight for the gradient that reaches x_hat. One x[j]
+                of a channel meets the loss in three ways: directly, through the mean, which moves every x_hat[i] alike,
+                and through rstd, whose derivative is -rstd^2 x_hat[j] / M and which scales each x_hat[i]:
+                    dx_hat[i] / dx[j] = rstd ((1 if i = j else 0) - 1 / M - x_hat[i] x_hat[j] / M)
+                Times g_hat[i], summed over i:
+                    dx = rstd (g_hat - mean(g_hat) - x_hat mean(g_hat x_hat))
+                and the two means are weight dbias / M and weight dweight / M. But for eps, that is g_hat without its
+                part along 1 and without its part along x_hat.
 
     Args        need_dresidual: False where the forward had no residual
 
