@@ -5,10 +5,13 @@
     python examples/ablation.py --study fast --variants fast "no cutout" --seeds 5        a part of another
     python examples/ablation.py --study recipes                                           what each recipe reaches
 
-All other options go to train_cifar.py as they are. Each run has a folder of its own, OUT/VARIANT/seed-N. A run that is
-there is not made again: the study can be stopped at any time (after Ctrl-C and SIGTERM the run at hand writes a
-checkpoint) and goes on with the same command, and with more seeds or variants it takes over what it has. OUT/table.md
-and, with matplotlib, OUT/ablation.png are made anew after each run.
+All other options go to train_cifar.py, for every variant that does not set them itself. Each run has a folder of its
+own, OUT/VARIANT/seed-N. A run that is there is not made again: the study can be stopped at any time (after Ctrl-C and
+SIGTERM the run at hand writes a checkpoint) and goes on with the same command, and with more seeds or variants it takes
+over what it has. OUT/table.md and, with matplotlib, OUT/ablation.png are made anew after each run, of all the runs of
+the study that are there.
+
+Exit codes: those of train_cifar.py, 1 if a run did not end well.
 
 Compare variants by their validation accuracy; the test accuracy is what to report for the one that was chosen. The
 recipes themselves have nothing left to choose: two of them train on all images, and the test accuracy is their result.
@@ -23,8 +26,9 @@ import subprocess
 import sys
 
 import numpy as np
-from recipes import RECIPES, at_least
-from run_folder import UsageError, ending_signals, run, write_json
+from recipes import FREE_IN_A_RESUMED_RUN, RECIPES, at_least, read_config
+from recipes import parse_arguments as train_arguments
+from run_folder import UsageError, ending_signals, run
 
 from minires import plots
 from minires.checkpoint import write_atomically
@@ -39,7 +43,7 @@ STUDIES = {
         "plain, without sums": ["--no-shortcut"],
         "no BatchNorm": ["--no-batch-norm"],
         "no dropout": ["--dropout", "0"],
-        "no augmentation": ["--no-augment"],
+        "no augmentation": ["--crop", "0", "--flip", "none"],
         "crop only": ["--flip", "none"],
         "flip only": ["--crop", "0"],
         "cosine schedule": ["--schedule", "cosine"],
@@ -61,7 +65,7 @@ STUDIES = {
         "no average": [*FAST, "--ema", "0"],
         "dropout 0.5": [*FAST, "--dropout", "0.5"],
     },
-    "recipes": {name: ["--recipe", name] for name in RECIPES},
+    "recipes": {name: ["--recipe", name, "--tta"] for name in RECIPES},
 }
 COLUMNS = ("validation_accuracy", "validation_loss", "test_accuracy", "test_accuracy_tta", "test_loss", "seconds")
 
@@ -92,76 +96,77 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    variants = {name: STUDIES[args.study][name] for name in args.variants or STUDIES[args.study]}
-    runs = [(name, seed) for seed in range(args.seeds) for name in variants]  # once all of them, then all again
-    for i, (name, seed) in enumerate(runs, start=1):
-        folder = folder_of(args.out, name) / f"seed-{seed}"
-        options = [*variants[name], *args.shared, "--seed", str(seed)]
-        if not is_made(folder, options):
-            print(f"run {i} of {len(runs)}: {name}, seed {seed}", flush=True)
-            code = train(folder, options)
-            if code == 1:  # a loss that is not finite says something about the variant: the others go on
-                print(f"{name}, seed {seed}, did not end well, and is left out of the table", file=sys.stderr)
-            elif code:
+    runs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants or STUDIES[args.study]]
+    for variant, seed in runs:  # once each variant, then each again
+        train_arguments(options_of(args, variant, seed))
+    complete_runs(args)  # what train_cifar.py or an earlier run does not agree with is told before anything begins
+    failed = False
+    for i, (variant, seed) in enumerate(runs, start=1):
+        if not (folder_of(args, variant, seed) / "result.json").exists():
+            print(f"run {i} of {len(runs)}: {variant}, seed {seed}", flush=True)
+            code = train(args, variant, seed)
+            if code > 1:
                 return code
-        write_table(args, variants)
+            if code == 1:  # a loss that is not finite says something about the variant: the others go on
+                print(f"{variant}, seed {seed}, did not end well, and is left out of the table", file=sys.stderr)
+                failed = True
+        write_table(args)
     print((args.out / "table.md").read_text("utf-8"), end="")
-    return 0
+    return int(failed)
 
 
-def folder_of(out, variant):
-    return out / variant.replace(",", "").replace(" ", "-")
+def folder_of(args, variant, seed):
+    return args.out / variant.replace(",", "").replace(" ", "-") / f"seed-{seed}"
 
 
-def is_made(folder, options):
-    """Tell whether a run is complete.
+def seeds_of(args, variant):
+    """Return the seeds of the runs that are there, complete or not."""
+    names = [folder.name.removeprefix("seed-") for folder in folder_of(args, variant, 0).parent.glob("seed-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
-    Raises      UsageError for a run with other options than are asked for now, or of another making
+
+def options_of(args, variant, seed):
+    """Return the words for train_cifar.py: a variant is what it says, whatever all of them are given."""
+    return [*args.shared, *STUDIES[args.study][variant], "--seed", str(seed)]
+
+
+def complete_runs(args):
+    """Return the folders of the runs that have come to their end, by variant.
+
+    Raises      UsageError for a run of the study that was begun with other settings than are asked for now
     """
-    if not folder.exists():
-        return False
-    settings = folder.parent / f"{folder.name}.json"
-    if not settings.exists():
-        raise UsageError(
-            f"{folder} is no run of this study, for {settings} is missing: move it away, or name another --out"
-        )
-    made_with = read_json(settings, list)
-    if without_free(made_with)[0] != without_free(options)[0]:
-        raise UsageError(
-            f"{folder} was made with the options {' '.join(map(str, made_with))}, and asked for are "
-            f"{' '.join(options)}: name another --out"
-        )
-    return (folder / "result.json").exists()
+    complete = {}
+    for variant in STUDIES[args.study]:
+        for seed in seeds_of(args, variant):
+            folder = folder_of(args, variant, seed)
+            if (folder / "config.json").exists():
+                check_settings(folder, train_arguments(options_of(args, variant, seed))[0])
+                if (folder / "result.json").exists():
+                    complete.setdefault(variant, []).append(folder)
+    return complete
 
 
-def without_free(options):
-    """Divide options into those that a result depends on, and those that may be others when a run goes on.
-
-    All folders with the whole of CIFAR-10 hold the same images; the sample holds others.
-    """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-    for flag in ("--device", "--data", "--checkpoint-every"):
-        parser.add_argument(flag, nargs="?")  # one without its value is for train_cifar.py to refuse
-    parser.add_argument("--debug", action="store_true")
-    free, binding = parser.parse_known_args([str(option) for option in options])
-    free = vars(free)
-    if free.get("data") == "sample":
-        binding += ["--data", free.pop("data")]
-    return binding, [
-        part
-        for name, value in free.items()
-        for part in (f"--{name.replace('_', '-')}", value)
-        if part not in (True, None)
+def check_settings(folder, asked):
+    config = read_config(folder)
+    different = [
+        f"--{name.replace('_', '-')} is {config.get(name)} there and {value} now"
+        for name, value in vars(asked).items()
+        if name not in FREE_IN_A_RESUMED_RUN and value != config.get(name) and (name, value) != ("precision", None)
     ]
+    if "sample" in (asked.data, config.get("data")) and asked.data != config.get("data"):  # any folder holds the same
+        different.append(f"--data is {config.get('data')} there and {asked.data} now")
+    if different:
+        raise UsageError(f"{folder} was made with other settings: {'; '.join(different)}. Name another --out")
 
 
-def train(folder, options):
-    """Run train_cifar.py in a folder to be; its options are kept beside it, for `is_made`. What was cut off goes on."""
-    if (folder / "config.json").exists():
-        return call([sys.executable, TRAIN, "--resume", folder, *without_free(options)[1]])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    write_json(folder.parent / f"{folder.name}.json", options)
-    return call([sys.executable, TRAIN, *options, "--out", folder])
+def train(args, variant, seed):
+    """Make a run; one that was cut off goes on. Return its exit code."""
+    folder, options = folder_of(args, variant, seed), options_of(args, variant, seed)
+    if not (folder / "config.json").exists():
+        return call([sys.executable, TRAIN, *options, "--out", folder])
+    _, given = train_arguments(options)
+    free = [f"--{name.replace('_', '-')}={given[name]}" for name in FREE_IN_A_RESUMED_RUN[:3] if name in given]
+    return call([sys.executable, TRAIN, "--resume", folder, *free, *["--debug"] * given.get("debug", False)])
 
 
 def call(command):
@@ -193,34 +198,28 @@ def call(command):
     return code if code >= 0 else 128 - code  # as shells count a process that a signal has ended
 
 
-def read_json(path, kind):
-    """Read what a run has written.
+def result_of(folder):
+    """Read what a run has written at its end.
 
     Raises      UsageError for a file that is damaged
     """
+    path = folder / "result.json"
     try:
         content = json.loads(path.read_bytes())
-        if not isinstance(content, kind):
+        if not isinstance(content, dict):
             raise ValueError(f"got {str(content)[:40]}")
         return content
     except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} is damaged ({error}): remove {path.with_suffix('')} and it, and the run is made anew"
-            if kind is list
-            else f"{path} is damaged ({error}): remove {path.parent}, and the run is made anew"
-        ) from error
+        raise UsageError(f"{path} is damaged ({error}): remove {folder}, and the run is made anew") from error
 
 
-def write_table(args, variants):
-    """Write the table, a row for each variant with a run, and draw the picture."""
+def write_table(args):
+    """Write the table, a row for each variant with a complete run, and draw the picture."""
     rows = []
-    for name in variants:
-        files = [folder_of(args.out, name) / f"seed-{seed}" / "result.json" for seed in range(args.seeds)]
-        files = [file for file in files if file.exists()]
-        if files:
-            results = [read_json(file, dict) for file in files]
-            parameters = read_json(files[0].parent / "config.json", dict).get("parameters", 0)
-            rows.append((name, parameters, {column: [result.get(column) for result in results] for column in COLUMNS}))
+    for variant, folders in complete_runs(args).items():
+        results = [result_of(folder) for folder in folders]
+        parameters = read_config(folders[0]).get("parameters", 0)
+        rows.append((variant, parameters, {name: [result.get(name) for result in results] for name in COLUMNS}))
     lines = [
         "| variant | parameters | runs | validation accuracy | validation loss | test accuracy | with mirror images "
         "| test loss | seconds |",

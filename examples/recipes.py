@@ -82,6 +82,7 @@ RECIPES = {
         "full_train": True,
     },
 }
+NO_AUGMENT = {"crop": 0, "flip": "none", "cutout": 0, "trivial_augment": False}
 MAY_BE_NONE = ("precision", "data", "limit_batches", "clip")
 POSITION = ("config", "history", "step", "seen", "loss_sum", "correct", "seconds", "epoch_seconds")  # in a checkpoint
 FREE_IN_A_RESUMED_RUN = ("device", "data", "checkpoint_every", "resume", "out", "debug")  # no result depends on them
@@ -117,7 +118,7 @@ def make_parser():
     add("--blocks", type=at_least(1), nargs=4, default=[2, 1, 1, 1], metavar="N", help="of each stage, default 2 1 1 1")
     add("--no-shortcut", action="store_true", help="the plain network, without the sums")
     add("--no-batch-norm", action="store_true", help="the network without normalisation")
-    add("--no-augment", action="store_true", help="no crop, flip, cutout and TrivialAugment")
+    add("--no-augment", action="store_true", help="no crop, flip, cutout and TrivialAugment but what is given")
     add("--checkpoint-every", type=not_negative, default=10, metavar="MINUTES", help="default 10; 0: after each step")
     add("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="go on with a run, with the flags it was begun with")
     add("--debug", action="store_true", help="errors with a traceback; on a GPU a look for NaN at each step")
@@ -156,18 +157,19 @@ def make_parser():
     return parser
 
 
-def parse_arguments():
-    """Return the flags with the values of the recipe where none is given, and a dict of those that are given."""
+def parse_arguments(argv=None):
+    """Return the flags with the values of the recipe where none is given, and a dict of those that are given.
+
+    Args        argv: the words of the command line, by default this process's own
+    """
     parser = make_parser()
-    recipe = RECIPES[parser.parse_args().recipe]
-    parser.set_defaults(**RECIPES["report"] | recipe)
-    args = parser.parse_args()
-    if args.no_augment:
-        args.crop, args.flip, args.cutout, args.trivial_augment = 0, "none", 0, False
+    args = parser.parse_args(argv)
+    parser.set_defaults(**RECIPES["report"] | RECIPES[args.recipe] | (NO_AUGMENT if args.no_augment else {}))
+    args = parser.parse_args(argv)
     if args.optimizer == "sgd" and args.nesterov and not args.momentum:
         parser.error("--momentum 0 has no Nesterov form: add --no-nesterov")
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # a flag that is not given stays None
-    given = {name: value for name, value in vars(parser.parse_args(namespace=unset)).items() if value is not None}
+    given = {name: value for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
     return args, given
 
 
@@ -228,7 +230,7 @@ def resumed(args, given, config):
 
 
 def read_config(folder):
-    """Return what config.json says, for a run that has not come as far as its first checkpoint.
+    """Return what config.json says of a run: the flags it was begun with, and what follows from them.
 
     Raises      UsageError for a file that cannot be read or is damaged
     """
@@ -244,9 +246,7 @@ def read_config(folder):
     except OSError as error:
         raise UsageError(f"there is no run in {folder}, for {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} is damaged ({error}), and there is no checkpoint: start the run anew in another folder"
-        ) from error
+        raise UsageError(f"{path} is damaged ({error}): start the run anew in another folder") from error
 
 
 def position_of(metadata, folder):

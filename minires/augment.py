@@ -14,6 +14,7 @@ Source      He et al. 2016, section 4.2, for crop and flip; the others are named
 
 import functools
 import math
+import numbers
 
 from minires.backend import array_module
 from minires.rng import random_words, words_of
@@ -28,8 +29,11 @@ def random_crop(images, key, epoch, start=0, padding=4):
     It is the crop of an H x W window from the image with a border of `padding` black pixels; all (2 padding + 1)^2
     windows are equally likely.
 
-    Shapes      images (N, H, W, C) uint8  ->  the same
+    Shapes      images (N, H, W, C)  ->  the same
+    Raises      ValueError for a padding that is no whole number of at least 0
     """
+    if not isinstance(padding, numbers.Integral) or padding < 0:
+        raise ValueError(f"random_crop: padding must be a whole number of at least 0, got {padding!r}")
     xp = array_module(images)
     N, H, W, _ = images.shape
     corner = draw_below(2 * padding + 1, random_words(N, key, epoch, CROP_STREAM, xp=xp, start=start)[:, :2])  # (N, 2)
@@ -43,7 +47,10 @@ def random_flip(images, key, epoch, start=0, p=0.5):
     """Mirror each image, left for right, with probability p.
 
     Shapes      images (N, H, W, C)  ->  the same
+    Raises      ValueError for a p outside 0 to 1
     """
+    if not 0 <= p <= 1:
+        raise ValueError(f"random_flip: p must be from 0 to 1, got {p}")
     xp = array_module(images)
     words = random_words(len(images), key, epoch, FLIP_STREAM, xp=xp, start=start)[:, 0].astype(xp.uint64)
     return mirror(images, words < int(p * 2**32))
@@ -76,9 +83,15 @@ def cutout(images, key, epoch, start=0, size=8, color=MEAN_COLOR):
 
     The middle of the square may be any pixel; what lies outside the image is cut off.
 
-    Shapes      images (N, H, W, C) uint8  ->  the same
+    Args        size: pixels, at least 0; color: a number for each channel, in the units of the images
+    Shapes      images (N, H, W, C)  ->  the same
+    Raises      ValueError for another size, and for a color that has not C numbers
     Source      DeVries and Taylor 2017, "Improved regularization of convolutional neural networks with cutout"
     """
+    if not isinstance(size, numbers.Integral) or size < 0:
+        raise ValueError(f"cutout: size must be a whole number of at least 0, got {size!r}")
+    if len(color) != images.shape[3]:
+        raise ValueError(f"cutout: color has {len(color)} numbers, and the images {images.shape} have other channels")
     xp = array_module(images)
     N, H, W, _ = images.shape
     words = random_words(N, key, epoch, CUTOUT_STREAM, xp=xp, start=start)
@@ -119,7 +132,12 @@ def trivial_augment(images, key, epoch, start=0):
     Shapes      images (N, H, W, 3) uint8  ->  the same
     Source      Müller and Hutter 2021, "TrivialAugment: tuning-free yet state-of-the-art data augmentation", with its
                 wide space of strengths
+    Raises      ValueError for images of another dtype or number of channels: the operations are defined on bytes
     """
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != "uint8":
+        raise ValueError(f"trivial_augment expects images (N, H, W, 3) of uint8, got {images.shape} of {images.dtype}")
+    if not len(images):
+        return images
     xp = array_module(images)
     words = random_words(len(images), key, epoch, TRIVIAL_STREAM, xp=xp, start=start)
     operation, strength = draw_below(len(OPERATIONS), words[:, 0]), draw_below(STRENGTHS, words[:, 1])
@@ -137,7 +155,7 @@ def change(images, operation, strength, negative):
     Shapes      images (N, H, W, 3) uint8; operation (N,), places in OPERATIONS; strength (N,), below STRENGTHS;
                 negative (N,), 1 to turn, move or mix the other way where there are two, else 0  ->  the images
     Limits      geometric operations take the nearest pixel, and black from outside the image
-    Source      the operations of Pillow, which the paper uses, up to the last bit of a mixture
+    Source      the operations of Pillow, which the paper uses; values of mixtures and autocontrast may be 1 off
     """
     xp = array_module(images)
     table = xp.asarray(settings_table(images.shape[1], images.shape[2]), dtype=xp.int32)

@@ -7,13 +7,14 @@ from minires.kernels import kernels_for
 class SoftmaxCrossEntropy:
     """The mean over the batch of the cross-entropy between the labels and the softmax of the logits.
 
-    Backward    dlogits = (softmax(logits) - target) / N, times dloss, the factor that the loss itself is given
+    Backward    dlogits = (softmax(logits) - target) / N, times dloss, the number that the loss itself is multiplied by
     Shapes      logits (N, K), labels (N,) whole numbers from 0 to K - 1  ->  a number, on the device of logits;
                 float() of it waits for the device
     Cached      the probabilities and the labels
     Limits      on a GPU the range of the labels is not checked: looking at them would wait for the device
     Args        label_smoothing: the share of the target that is spread evenly over all classes, 0 to 1
-    Raises      ValueError for labels that do not fit the logits; RuntimeError for backward without forward
+    Raises      ValueError for labels that do not fit the logits, and for a dloss that is no number; RuntimeError for
+                backward without forward
     Source      PyTorch's CrossEntropyLoss
     """
 
@@ -43,9 +44,11 @@ class SoftmaxCrossEntropy:
     def backward(self, dloss=1.0):
         if self._cache is None:
             raise RuntimeError("SoftmaxCrossEntropy.backward: call forward first")
+        if getattr(dloss, "shape", ()) != ():
+            raise ValueError(f"SoftmaxCrossEntropy.backward: dloss must be a number, got an array of {dloss.shape}")
         (probabilities, labels), self._cache = self._cache, None
         return kernels_for(probabilities).softmax_cross_entropy_backward(
-            dloss, probabilities, labels, self.label_smoothing
+            float(dloss), probabilities, labels, self.label_smoothing
         )
 
     __call__ = forward

@@ -1,5 +1,7 @@
 """Augmentation: each image is moved and mirrored as a whole, by draws that can be repeated."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -239,6 +241,38 @@ def test_crop_and_flip_draw_independently(images):
     flipped = (random_flip(images, 1, 2) != images).any(axis=(1, 2, 3))
     moved_up = (random_crop(middle, 1, 2, padding=1)[:, 0] == 0).all(axis=(1, 2))
     assert abs(np.corrcoef(flipped, moved_up)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("augment", [random_crop, random_flip, cutout, trivial_augment])
+def test_no_images_stay_no_images(images, augment):
+    assert augment(images[:0], 1, 1).shape == images[:0].shape
+
+
+@pytest.mark.parametrize("augment", [random_crop, random_flip, functools.partial(cutout, color=(125 / 255,) * 3)])
+def test_images_of_floats_are_treated_as_those_of_bytes(images, augment):
+    out = augment((images / 255).astype(np.float32), 1, 1)
+    assert out.dtype == np.float32
+    if augment in (random_crop, random_flip):
+        np.testing.assert_array_equal(out, (augment(images, 1, 1) / 255).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        (lambda x: random_crop(x, 1, 1, padding=-1), "padding must be a whole number of at least 0, got -1"),
+        (lambda x: random_flip(x, 1, 1, p=2), "p must be from 0 to 1, got 2"),
+        (lambda x: cutout(x, 1, 1, size=1.5), "size must be a whole number of at least 0, got 1.5"),
+        (lambda x: cutout(x[:, :, :, :1], 1, 1), "color has 3 numbers, and the images .* have other channels"),
+        (lambda x: trivial_augment(x / 255, 1, 1), "trivial_augment expects images .* of uint8, got .* of float64"),
+        (
+            lambda x: trivial_augment(x[:, :, :, :1], 1, 1),
+            r"images \(N, H, W, 3\) of uint8, got .* 1\) of uint8",
+        ),
+    ],
+)
+def test_what_cannot_be_augmented_is_named(images, augment, message):
+    with pytest.raises(ValueError, match=message):
+        augment(images)
 
 
 def test_normalize_by_hand():

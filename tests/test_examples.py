@@ -141,6 +141,14 @@ def test_each_recipe_from_start_to_end(recipe, tmp_path):
     assert (result["test_loss_tta"], result["test_accuracy_tta"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_is_given_overrides_no_augment():
+    from recipes import parse_arguments
+
+    args, given = parse_arguments(["--recipe", "best", "--no-augment", "--cutout", "3"])
+    assert (args.crop, args.flip, args.cutout, args.trivial_augment) == (0, "none", 3, False)
+    assert given == {"recipe": "best", "no_augment": True, "cutout": 3}
+
+
 def test_an_option_overrides_its_recipe(tmp_path):
     options = ["--recipe", "fast", "--no-full-train", "--no-tta", "--cutout", "0", "--lr", "0.02", "--clip", "1"]
     code, _, err = run("train_cifar.py", *SMALL_RUN, *options, "--out", tmp_path / "run")
@@ -440,26 +448,36 @@ def test_an_ablation_makes_a_table_and_goes_on_where_it_was_stopped(tmp_path):
     assert (tmp_path / "study" / "report" / "seed-0" / "result.json").stat() == before
     assert (tmp_path / "study" / "table.md").read_text().splitlines()[2] == report
 
-    code, _, err = run("ablation.py", *study, "--seeds", 1, "--batch-size", 20)
-    assert code == 2
-    assert err.startswith(f"error: {tmp_path / 'study' / 'report' / 'seed-0'} was made with the options ")
-    assert "name another --out" in err
+    code, out, err = run("ablation.py", *study, "--seeds", 2, "--batch-size", 20)
+    assert (code, out) == (2, "")  # told before anything is trained
+    different = "--batch-size is 10 there and 20 now"
+    assert err == (
+        f"error: {tmp_path / 'study' / 'report' / 'seed-0'} was made with other settings: {different}. Name another "
+        "--out\n"
+    )
+    code, out, err = run("ablation.py", *study[-2:], *study[:-2], "--seeds=1", "--epochs=1")
+    assert (code, out, err) == (0, table_of(tmp_path / "study"), "")  # in another order, with another spelling
+    folder = [option for option in study if option not in ("--data", "sample")]
+    code, _, err = run("ablation.py", *folder, "--data", tmp_path)
+    assert (code, err.partition("settings: ")[2]) == (
+        2,
+        f"--data is sample there and {tmp_path} now. Name another --out\n",
+    )
 
     free = ["--device", "auto", "--checkpoint-every", "3", "--debug"]
     free_study = [option for option in study if option not in ("--device", "cpu")]
     code, out, err = run("ablation.py", *free_study, "--seeds", 1, *free)
     assert (code, out, err) == (0, table_of(tmp_path / "study"), "")
 
-    settings = tmp_path / "study" / "report" / "seed-0.json"
+    settings = tmp_path / "study" / "report" / "seed-0" / "config.json"
     result = tmp_path / "study" / "report" / "seed-0" / "result.json"
     for path, text, message in (
         (result, "{", f"{result} is damaged ("),
         (result, "[]", f"{result} is damaged (got []): remove {result.parent}, and the run is made anew"),
-        (settings, "{}", f"{settings} is damaged (got {{}}): remove {settings.with_suffix('')} and it, and "),
-        (settings, None, f"{result.parent} is no run of this study, for {settings} is missing: move it away, or name "),
+        (settings, "{}", f"{settings} is damaged (it lacks seed, blocks, epochs and others): start the run anew in "),
     ):
         before = path.read_text()
-        path.unlink() if text is None else path.write_text(text)
+        path.write_text(text)
         code, _, err = run("ablation.py", *study, "--seeds", 1)
         assert (code, err.count("\n")) == (2, 1)
         assert err.startswith(f"error: {message}")
@@ -493,14 +511,27 @@ def table_of(study):
     return (study / "table.md").read_text()
 
 
-def test_what_may_differ_in_a_run_that_goes_on_is_told_from_the_rest():
-    from ablation import without_free
+def test_a_variant_is_what_it_says_whatever_all_are_given(tmp_path):
+    study = ["--study", "fast", *SMALL_STUDY, "--blocks", "1", "1", "1", "1", "--out", tmp_path]
+    shared = ["--cutout", "16", "--ema=0.9"]
+    code, _, err = run("ablation.py", *study, "--variants", "fast", "no cutout", "no average", "--seeds", 1, *shared)
+    assert code == 0, err
+    for folder, expected in (("fast", (16, 0.9)), ("no-cutout", (0, 0.9)), ("no-average", (16, 0))):
+        config = json.loads((tmp_path / folder / "seed-0" / "config.json").read_text())
+        assert (config["cutout"], config["ema"]) == expected
 
-    assert without_free(["--data", "/a", "--lr", "0.1", "--debug", "--blocks", "1", "2", "1", "1"]) == (
-        ["--lr", "0.1", "--blocks", "1", "2", "1", "1"],
-        ["--data", "/a", "--debug"],
+    code, _, err = run("ablation.py", *study, "--variants", "no cutout", "--seeds", 2, *shared)
+    assert code == 0, err
+    rows = [row.split("|")[1:4] for row in table_of(tmp_path).splitlines()[2:]]
+    assert rows == [
+        [f" {name} ", " 4,903,242 ", f" {runs} "] for name, runs in (("fast", 1), ("no cutout", 2), ("no average", 1))
+    ]
+
+    code, _, err = run("ablation.py", *study, "--variants", "random flip", *shared, "--cutout", "8")
+    assert code == 2  # the new run would stand in one table with others
+    assert err.startswith(
+        f"error: {tmp_path / 'fast' / 'seed-0'} was made with other settings: --cutout is 16 there and 8 "
     )
-    assert without_free(["--data=sample", "--device=gpu"]) == (["--data", "sample"], ["--device", "gpu"])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -630,21 +661,20 @@ def test_a_variant_that_does_not_end_well_does_not_end_the_study(tmp_path, monke
 
     made = []
 
-    def train(folder, options):
+    def train(args, variant, seed):
+        folder = ablation.folder_of(args, variant, seed)
         made.append(folder)
-        if "plain" in str(folder):
+        if "plain" in variant:
             return 1
         folder.mkdir(parents=True)
-        (folder.parent / f"{folder.name}.json").write_text(json.dumps(options))
-        accuracy = 0.75 + 0.01 * int(options[options.index("--seed") + 1])
-        result = {name: accuracy for name in ablation.COLUMNS}
-        (folder / "result.json").write_text(json.dumps(result))
-        (folder / "config.json").write_text('{"parameters": 1000}')
+        config = vars(ablation.train_arguments(ablation.options_of(args, variant, seed))[0])
+        (folder / "config.json").write_text(json.dumps(config | {"out": None, "parameters": 1000}))
+        (folder / "result.json").write_text(json.dumps({name: 0.75 + 0.01 * seed for name in ablation.COLUMNS}))
         return 0
 
     monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--seeds", "3", "--out", str(tmp_path)])
-    assert ablation.main() == 0
+    assert ablation.main() == 1
     assert len(made) == 3 * len(ablation.STUDIES["report"])
     out, err = capsys.readouterr()
     assert "plain, without sums, seed 2, did not end well" in err
@@ -654,8 +684,8 @@ def test_a_variant_that_does_not_end_well_does_not_end_the_study(tmp_path, monke
 
 
 def test_an_option_that_the_training_script_refuses_ends_the_study(tmp_path):
-    code, _, err = run("ablation.py", "--out", tmp_path, "--epochs", "0")
-    assert code == 2
+    code, out, err = run("ablation.py", "--out", tmp_path, "--epochs", "0")
+    assert (code, out) == (2, "")
     assert "--epochs: expected a whole number of at least 1, got 0" in err.splitlines()[-1]
 
 

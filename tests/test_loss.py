@@ -1,5 +1,7 @@
 """The loss as a module would use it: gradients, scaling, and labels that do not fit."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,21 @@ def test_a_numpy_number_does_not_promote():
 def test_labels_that_do_not_fit_are_named(labels, message):
     with pytest.raises(ValueError, match=message):
         SoftmaxCrossEntropy()(np.zeros((2, 10)), labels)
+
+
+@pytest.mark.parametrize("dloss", [np.ones(10, np.float32), np.ones((4, 1)), np.ones((3, 4, 10)), np.ones(1)])
+def test_a_dloss_that_is_no_number_is_refused(dloss):
+    loss = SoftmaxCrossEntropy()
+    loss(np.zeros((4, 10), np.float32), np.arange(4))
+    with pytest.raises(ValueError, match=re.escape(f"dloss must be a number, got an array of {dloss.shape}")):
+        loss.backward(dloss)
+
+
+def test_a_dloss_of_numpy_does_not_promote():
+    for dloss in (np.float64(2), np.array(2.0)):
+        loss = SoftmaxCrossEntropy()
+        loss(np.zeros((4, 10), np.float32), np.arange(4))
+        assert loss.backward(dloss).dtype == np.float32
 
 
 def test_label_smoothing_outside_its_range_is_refused():

@@ -670,12 +670,12 @@ def test_data_that_have_gone_can_be_named_anew(stopped, go_on, train):
     [
         (
             "[]",
-            r"config\.json is damaged \(expected an object, got \[\]\), and there is no checkpoint: start the run anew",
+            r"config\.json is damaged \(expected an object, got \[\]\): start the run anew",
         ),
         ('"abc"', r"config\.json is damaged \(expected an object, got abc\)"),
         ("{}", r"config\.json is damaged \(it lacks seed, blocks, epochs and others\)"),
-        ("[" * 100_000, r"config\.json is damaged \(.*\), and there is no checkpoint"),
-        (b"\xff\xfe", r"config\.json is damaged \(.*\), and there is no checkpoint"),
+        ("[" * 100_000, r"config\.json is damaged \(.*\): start the run anew"),
+        (b"\xff\xfe", r"config\.json is damaged \(.*\): start the run anew"),
     ],
 )
 def test_settings_that_are_none_are_refused(train, tmp_path, text, message):
