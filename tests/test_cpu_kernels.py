@@ -84,6 +84,14 @@ def all_batch_norm_results(set_of_kernels, x, weight, bias, residual, relu, dout
     return out, mean, var, inference, *back
 
 
+@pytest.fixture(params=["one piece", "many pieces"])
+def pieces(request, monkeypatch):
+    """Elementwise work in pieces of the usual sizes, which hold a whole array of most tests, and in small ones."""
+    if request.param == "many pieces":
+        for name, size in (("BLOCK", 2**12), ("SMALLEST_BLOCK", 2**10), ("UPDATE_BLOCK", 2**8)):
+            monkeypatch.setattr(cpu, name, size)
+
+
 @pytest.fixture
 def thread_counts():
     """Set the number of threads to several values in turn, and back in the end."""
@@ -160,6 +168,7 @@ def test_arrays_with_gaps_in_memory(rng):
     assert_close(all_batch_norm_results(cpu, *arguments), all_batch_norm_results(reference, *arguments), SAME_SUMS)
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("shape", BATCHES)
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
@@ -174,6 +183,7 @@ def test_batch_norm_equals_its_twin(rng, shape, has_residual, relu):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("pieces")
 def test_batch_norm_keeps_its_digits_where_the_mean_is_large(rng):
     scale, shift = np.array([1e-2, 1.0, 1e3], np.float32), np.array([5.0, -1.0, 1e5], np.float32)
     x = normal(rng, 16, 16, 16, 3) * scale + shift
@@ -233,17 +243,20 @@ def test_relu_after_batch_norm_lets_a_nan_through(rng):
     assert np.isnan(out[..., 4]).all()
 
 
+@pytest.mark.usefixtures("pieces")
 def test_sums_of_many_rows_lose_no_digits(rng):
     x = rng.uniform(0, 1, (131072, 3)).astype(np.float32)
     np.testing.assert_allclose(cpu.sum_over_rows(x), x.astype(np.float64).sum(axis=0), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("pieces")
 def test_the_sum_of_two_gradients_equals_its_twin(rng):
     a, b = normal(rng, 2, 3, 8, 8, 700)
     np.testing.assert_array_equal(cpu.add(a, b), reference.add(a, b))
     np.testing.assert_array_equal(cpu.add(a[:, ::2], b[:, 1::2]), reference.add(a[:, ::2], b[:, 1::2]))
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("shape", [(3, 32, 32, 64), (40, 1, 1, 5), (1, 3, 5, 7)])
 def test_average_pool_equals_its_twin(rng, shape):
     dout = normal(rng, shape[0], shape[-1])
@@ -252,6 +265,7 @@ def test_average_pool_equals_its_twin(rng, shape):
     assert actual.dtype == np.float32
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("shape", [(70000,), (3, 3, 64, 64), (1,)])
 def test_updates_equal_their_twins_bit_for_bit(rng, shape):
     param, grad, m, v = (normal(rng, *shape) for _ in range(4))
@@ -273,6 +287,7 @@ def test_updates_equal_their_twins_bit_for_bit(rng, shape):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.usefixtures("pieces")
 def test_the_running_average_equals_its_twin_bit_for_bit(rng):
     average, param = normal(rng, 2, 70_000)
     results = []
@@ -282,6 +297,7 @@ def test_the_running_average_equals_its_twin_bit_for_bit(rng):
     np.testing.assert_array_equal(*results)
 
 
+@pytest.mark.usefixtures("pieces")
 def test_the_sum_of_squares_equals_its_twin(rng):
     for size in (1, 5, 300_000):
         x = normal(rng, size)
@@ -303,6 +319,7 @@ def test_convolutions_have_the_same_bits_with_any_number_of_threads(rng, thread_
     )
 
 
+@pytest.mark.usefixtures("pieces")
 def test_batch_norm_has_the_same_bits_with_any_number_of_threads(rng, thread_counts):
     x, dout, residual = normal(rng, 3, 23, 16, 16, 48)
     weight, bias = normal(rng, 2, 48)
@@ -311,6 +328,7 @@ def test_batch_norm_has_the_same_bits_with_any_number_of_threads(rng, thread_cou
     )
 
 
+@pytest.mark.usefixtures("pieces")
 def test_two_training_steps_have_the_same_bits_with_any_number_of_threads(rng, thread_counts):
     x, labels = normal(rng, 18, 16, 16, 3), rng.integers(0, 10, 18)
 

@@ -38,10 +38,12 @@ from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
 )
 from minires.kernels.threads import one_blas_thread, run
 
-# How large the pieces are, found by trying on cores with 1 MB of cache each. They decide in which order sums are added.
-BLOCK = 2**17  # numbers in a piece for elementwise work: with smaller ones, threads wait for Python's lock too often
+# How large the pieces are, found by trying on two cores with 1 MB of cache each and 32 MB for both. They decide in
+# which order sums are added.
+BLOCK = 2**19  # numbers in a piece for elementwise work: with smaller ones, threads wait for Python's lock too often
+SMALLEST_BLOCK = 2**18  # a piece is an eighth of all if that is less than BLOCK, for more threads; but not below this
 ROW = 2**13  # numbers in a row that NumPy walks along; longer ones gain nothing
-UPDATE_BLOCK = 2**15  # the same as BLOCK, for an optimizer's update with its many intermediate results
+UPDATE_BLOCK = 2**17  # the same as BLOCK, for an optimizer's update with its many intermediate results
 COLUMN_ROWS = 256  # rows of im2col in a piece: enough that the product is worth the reading of the weights
 TILES = 128  # tiles in a piece of a Winograd convolution, for the same reason
 GROUPS = 16  # sums of a weight gradient that are kept apart: as many threads can share it, and no more
@@ -88,8 +90,9 @@ def fold(C, M):
     return math.gcd(M, 2 ** (max(1, ROW // C).bit_length() - 1))  # M, pixels times images, is rich in factors of 2
 
 
-def blocks(rows, row_size, size=BLOCK):
-    """Cut rows of row_size numbers into slices of about `size` numbers."""
+def blocks(rows, row_size, size=None):
+    """Cut rows of row_size numbers into slices of about `size` numbers, by default a size for elementwise work."""
+    size = size or min(BLOCK, max(SMALLEST_BLOCK, rows * row_size // 8))
     step = max(1, size // row_size)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -197,17 +200,16 @@ def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_d
     dbias, dscale = np.sum(run(sums, blocks(*rows.shape)), axis=0)  # (C,) each, float64
     dweight = dscale * rstd
 
-    # dx = scale g + slope (x - mean) + shift: the formula of the reference, sorted by what varies from row to row
-    scale = weight * rstd  # (C,)
-    slope = -scale * rstd * dweight / M
-    shift = -scale * dbias / M
-    scale, slope, shift = (np.tile(v, f).astype(x.dtype) for v in (scale, slope, shift))  # (f*C,)
+    # dx = scale (slope (x - mean) + shift + g): the formula of the reference, sorted by what varies from row to row
+    slope, shift, scale = -rstd * dweight / M, -dbias / M, weight * rstd  # (C,)
+    slope, shift, scale = (np.tile(v, f).astype(x.dtype) for v in (slope, shift, scale))  # (f*C,)
 
     def input_gradient(block):
         piece = np.subtract(rows[block], long_mean, out=dx[block])
         piece *= slope
         piece += shift
-        piece += np.multiply(g[block], scale, out=scratch("block", piece.shape))
+        piece += g[block]
+        piece *= scale
 
     run(input_gradient, blocks(*rows.shape))
     dresidual = g.reshape(x.shape) if need_dresidual else None
@@ -578,7 +580,7 @@ def weight_transform(weight):
     taps = np.ascontiguousarray(weight).reshape(9, C * O)
     U = matrices("U", C, O)
     flat = U.reshape(36, C * O)
-    run(lambda part: np.matmul(both, taps[:, part], out=flat[:, part]), blocks(C * O, 36, size=2 * BLOCK))
+    run(lambda part: np.matmul(both, taps[:, part], out=flat[:, part]), blocks(C * O, 36))
     return U
 
 
@@ -591,7 +593,7 @@ def weight_transform_backward(dU):
     both = np.ascontiguousarray(np.kron(WEIGHT, WEIGHT).T)  # (9, 36)
     products = dU.reshape(36, C * O)
     dweight = fresh((9, C * O))
-    run(lambda part: np.matmul(both, products[:, part], out=dweight[:, part]), blocks(C * O, 36, size=2 * BLOCK))
+    run(lambda part: np.matmul(both, products[:, part], out=dweight[:, part]), blocks(C * O, 36))
     return dweight.reshape(3, 3, C, O)
 
 
