@@ -1,5 +1,7 @@
 """What the tests share: a seeded generator, the real data where it is at hand, and a device without a GPU."""
 
+import signal
+
 import numpy as np
 import pytest
 import strict_array
@@ -44,3 +46,11 @@ def relative_error(actual, expected):
     """The norm of the difference over the norm of what was expected."""
     difference = np.linalg.norm(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))
     return difference / max(np.linalg.norm(np.asarray(expected, np.float64)), 1e-300)
+
+
+@pytest.fixture
+def hangups_count():
+    """Let processes that a test starts hear a hangup, also where the tests run under nohup, which has it ignored."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)  # whoever is started gets the system's own way instead
+    yield
+    signal.signal(signal.SIGHUP, before)

@@ -534,6 +534,7 @@ def test_a_variant_is_what_it_says_whatever_all_are_given(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_study_that_is_stopped_waits_for_the_checkpoint_of_its_run(tmp_path, number, code):
     options = ["--data", "sample", "--device", "cpu", "--batch-size", "4", "--epochs", "50", "--limit-batches", "3"]
