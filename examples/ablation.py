@@ -165,8 +165,12 @@ def train(args, variant, seed):
     if not (folder / "config.json").exists():
         return call([sys.executable, TRAIN, *options, "--out", folder])
     _, given = train_arguments(options)
-    free = [f"--{name.replace('_', '-')}={given[name]}" for name in FREE_IN_A_RESUMED_RUN[:3] if name in given]
-    return call([sys.executable, TRAIN, "--resume", folder, *free, *["--debug"] * given.get("debug", False)])
+    free = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in given.items()
+        if name in FREE_IN_A_RESUMED_RUN
+    ]
+    return call([sys.executable, TRAIN, "--resume", folder, *free])
 
 
 def call(command):
