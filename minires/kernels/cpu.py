@@ -3,8 +3,9 @@
 Four ideas, each of which a reader can take alone:
 
     threads     A kernel is cut into tasks that run side by side (see threads.py).
-    caches      A task works on pieces that fit a core's cache, and takes a piece through all its steps before the
-                next one comes. Memory is read and written about once, however many steps there are.
+    caches      A task works on pieces that fit a cache, the core's own or the one that cores share, and takes a piece
+                through all its steps before the next one comes. Memory is read and written about once, however many
+                steps there are.
     long rows   NumPy walks along the last axis fast and pays for every row. Per-channel vectors of 64 numbers make
                 short rows, so several rows are taken as one (`fold`).
     Winograd    A 3x3 convolution with stride 1 needs a quarter of the multiplications (`winograd_conv2d`).
