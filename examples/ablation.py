@@ -26,12 +26,15 @@ import subprocess
 import sys
 
 import numpy as np
-from recipes import FREE_IN_A_RESUMED_RUN, RECIPES, at_least, read_config
+from recipes import FREE_IN_A_RESUMED_RUN, RECIPES, at_least, checked
 from recipes import parse_arguments as train_arguments
-from run_folder import UsageError, ending_signals, run
 
-from minires import plots
-from minires.checkpoint import write_atomically
+from minires.training import UsageError
+from minires.training.folder import RESULT, SETTINGS, read_settings
+from minires.training.output import draw
+from minires.training.script import run_script
+from minires.training.signals import ending_signals
+from minires.training.storage import write_atomically
 
 TRAIN = pathlib.Path(__file__).parent / "train_cifar.py"
 FAST = ["--recipe", "fast", "--no-full-train"]  # a fifth of the training images is kept for validation
@@ -102,7 +105,7 @@ def main():
     complete_runs(args)  # what train_cifar.py or an earlier run does not agree with is told before anything begins
     failed = False
     for i, (variant, seed) in enumerate(runs, start=1):
-        if not (folder_of(args, variant, seed) / "result.json").exists():
+        if not (folder_of(args, variant, seed) / RESULT).exists():
             print(f"run {i} of {len(runs)}: {variant}, seed {seed}", flush=True)
             code = train(args, variant, seed)
             if code > 1:
@@ -139,15 +142,15 @@ def complete_runs(args):
     for variant in STUDIES[args.study]:
         for seed in seeds_of(args, variant):
             folder = folder_of(args, variant, seed)
-            if (folder / "config.json").exists():
+            if (folder / SETTINGS).exists():
                 check_settings(folder, train_arguments(options_of(args, variant, seed))[0])
-                if (folder / "result.json").exists():
+                if (folder / RESULT).exists():
                     complete.setdefault(variant, []).append(folder)
     return complete
 
 
 def check_settings(folder, asked):
-    config = read_config(folder)
+    config = checked(read_settings(folder), folder)
     different = [
         f"--{name.replace('_', '-')} is {config.get(name)} there and {value} now"
         for name, value in vars(asked).items()
@@ -162,7 +165,7 @@ def check_settings(folder, asked):
 def train(args, variant, seed):
     """Make a run; one that was cut off goes on. Return its exit code."""
     folder, options = folder_of(args, variant, seed), options_of(args, variant, seed)
-    if not (folder / "config.json").exists():
+    if not (folder / SETTINGS).exists():
         return call([sys.executable, TRAIN, *options, "--out", folder])
     _, given = train_arguments(options)
     free = [
@@ -207,7 +210,7 @@ def result_of(folder):
 
     Raises      UsageError for a file that is damaged
     """
-    path = folder / "result.json"
+    path = folder / RESULT
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -222,7 +225,7 @@ def write_table(args):
     rows = []
     for variant, folders in complete_runs(args).items():
         results = [result_of(folder) for folder in folders]
-        parameters = read_config(folders[0]).get("parameters", 0)
+        parameters = read_settings(folders[0]).get("parameters", 0)
         rows.append((variant, parameters, {name: [result.get(name) for result in results] for name in COLUMNS}))
     lines = [
         "| variant | parameters | runs | validation accuracy | validation loss | test accuracy | with mirror images "
@@ -241,12 +244,8 @@ def write_table(args):
         lines.append(f"| {name} | {parameters:,} | {len(results['seconds'])} | " + " | ".join(cells) + " |")
     write_atomically(args.out / "table.md", ("\n".join(lines) + "\n").encode())
     part = "test" if args.study == "recipes" else "validation"
-    try:
-        accuracies = {name: [100 * value for value in results[f"{part}_accuracy"]] for name, _, results in rows}
-        plots.plot_runs(accuracies, f"{part} accuracy, %", args.out / "ablation.png")
-    except ImportError as error:
-        if getattr(error, "name", None) != "matplotlib":
-            print(f"no picture {args.out / 'ablation.png'}: {error}", file=sys.stderr)
+    accuracies = {name: [100 * value for value in results[f"{part}_accuracy"]] for name, _, results in rows}
+    draw("plot_runs", accuracies, f"{part} accuracy, %", args.out / "ablation.png")
 
 
 def spread(values, scale, unit, digits=2):
@@ -259,4 +258,4 @@ def spread(values, scale, unit, digits=2):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

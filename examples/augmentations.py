@@ -8,10 +8,10 @@ import pathlib
 
 import numpy as np
 from recipes import at_least
-from run_folder import run
 
 from minires import augment, plots
 from minires.cifar10 import load_sample
+from minires.training.script import run_script
 
 
 def main():
@@ -43,4 +43,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

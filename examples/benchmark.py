@@ -25,7 +25,6 @@ import sys
 import time
 
 import numpy as np
-import run_folder
 from recipes import LOSS_SCALE, PRECISIONS, at_least
 
 import minires
@@ -33,6 +32,7 @@ from minires.backend import gpu_library
 from minires.kernels import gpu, num_threads
 from minires.kernels.threads import run
 from minires.summary import output_shapes, parts_first
+from minires.training.script import run_script
 
 WARMUP = 2  # steps that are not timed
 GPU_WARMUP = 8  # PyTorch tries its algorithms out in the first steps
@@ -561,4 +561,4 @@ def seconds(function):
 
 
 if __name__ == "__main__":
-    run_folder.run(main)
+    run_script(main)

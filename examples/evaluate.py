@@ -10,14 +10,14 @@ import pathlib
 import warnings
 
 import numpy as np
-from recipes import data_folder
-from run_folder import load_data, run
+from recipes import data_folder, read_data
 
 from minires import cifar10
 from minires.backend import choose_device
-from minires.checkpoint import CheckpointError, load_model
-from minires.evaluate import confusion_matrix, predict_logits
+from minires.evaluation import confusion_matrix, predict_logits
 from minires.loss import SoftmaxCrossEntropy
+from minires.training import CheckpointError, load_model
+from minires.training.script import run_script
 
 
 def main():
@@ -34,7 +34,7 @@ def main():
 
     device = choose_device(args.device)
     model, _ = load_model(args.checkpoint)
-    data = load_data(args.data)
+    data = read_data(args.data)
     images, labels = (data.test_images, data.test_labels) if args.part == "test" else data[:2]
 
     logits = logits_of(model.to(device), images, args.checkpoint, args.tta)
@@ -70,4 +70,4 @@ def logits_of(model, images, checkpoint, tta=False):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -8,7 +8,6 @@ The relative error of each gradient is printed; above 1e-6 the check fails and s
 import argparse
 
 import numpy as np
-from run_folder import run
 
 from minires import (
     BasicBlock,
@@ -23,6 +22,7 @@ from minires import (
     SoftmaxCrossEntropy,
     check_gradients,
 )
+from minires.training.script import run_script
 
 
 def main():
@@ -55,4 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -11,7 +11,9 @@ from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle,
 from minires.resnet import BasicBlock, ResNet
 from minires.summary import summary
 from minires.gradcheck import check_gradients
-from minires import augment, evaluate, checkpoint, finite
+from minires import augment
+from minires.batches import Batches
+from minires.evaluation import evaluate, predict_logits
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -43,9 +45,9 @@ __all__ = [  # noqa: RUF022
     "check_gradients",
     "cifar10",
     "augment",
+    "Batches",
     "evaluate",
-    "checkpoint",
-    "finite",
+    "predict_logits",
 ]
 
 

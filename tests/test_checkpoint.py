@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from minires import SGD, Adam, ResNet, WeightAverage, checkpoint
-from minires.checkpoint import CheckpointError, load_model, restore_training_state, save_weights, training_state
+from minires import SGD, Adam, ResNet, WeightAverage
+from minires.training import CheckpointError, load_model, save_weights, storage
+from minires.training.checkpoint import restore_training_state, training_state
 
 
 def test_weights_and_metadata_come_back(tmp_path, rng):
@@ -29,7 +30,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minires.checkpoint.os.fsync", full)
+    monkeypatch.setattr("minires.training.storage.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_weights(path, ResNet((1,), (4,), seed=2))
     assert path.read_bytes() == before
@@ -96,7 +97,7 @@ def test_weights_of_each_floating_type_and_pytorchs_counts_are_taken(tmp_path, d
 )
 def test_metadata_that_are_no_object_are_refused(tmp_path, text, message):
     path, state = tmp_path / "odd.safetensors", ResNet((1,), (4,)).state_dict()
-    safetensors.numpy.save_file(state, path, {"minires": text, "sha256": checkpoint._checksum(state, text)})
+    safetensors.numpy.save_file(state, path, {"minires": text, "sha256": storage._checksum(state, text)})
     with pytest.raises(CheckpointError, match=message):
         load_model(path)
 

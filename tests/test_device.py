@@ -11,7 +11,7 @@ from minires import SGD, Adam, Dropout, ResNet, SoftmaxCrossEntropy, kernels
 from minires.augment import normalize, random_crop, random_flip
 from minires.backend import to_device, to_numpy
 from minires.cifar10 import MEAN, STD, load_sample
-from minires.evaluate import evaluate
+from minires.evaluation import evaluate
 from minires.kernels import gpu
 
 

@@ -6,7 +6,7 @@ import pytest
 from minires import ResNet, Sequential
 from minires.augment import normalize
 from minires.cifar10 import MEAN, STD, load_sample
-from minires.evaluate import confusion_matrix, evaluate, measure_statistics, predict_logits
+from minires.evaluation import confusion_matrix, evaluate, measure_statistics, predict_logits
 from minires.layers import BatchNorm2d, Dropout
 
 

@@ -17,9 +17,9 @@ from small_cifar10 import Server, status
 
 from minires import SGD, Adam, ResNet, SoftmaxCrossEntropy, backend, cifar10, kernels, one_cycle, triangular
 from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip
-from minires.checkpoint import load_model, save_weights
 from minires.cifar10 import load_sample
-from minires.evaluate import evaluate, measure_statistics
+from minires.evaluation import evaluate, measure_statistics
+from minires.training import load_model, save_weights
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 SMALL_RUN = ["--data", "sample", "--epochs", "2", "--batch-size", "20", "--limit-batches", "2", "--device", "cpu"]
@@ -232,7 +232,7 @@ def test_the_test_is_that_of_the_best_weights(in_process, monkeypatch):
     """Let validation say that the first epoch was the better one, and see which weights the test is given."""
     measured = []
 
-    def measure(model, *_, stop):
+    def measure(model, *_, **__):
         measured.append(model.state_dict())
         return float(len(measured)), 0.5
 
@@ -546,14 +546,14 @@ def test_a_study_that_is_stopped_waits_for_the_checkpoint_of_its_run(tmp_path, n
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "to go on from there" in out
+    assert "to resume" in out
     folder = tmp_path / "blocks-1-1-1-1" / "seed-0"
     assert (folder / "checkpoint.safetensors").exists()
     assert "Traceback" not in err
 
 
 def test_a_run_that_is_still_being_made_is_left_alone(tmp_path):
-    from run_folder import locked
+    from minires.training.folder import locked
 
     study = [*SMALL_STUDY, "--variants", "report", "--seeds", "1", "--out", tmp_path]
     folder = tmp_path / "report" / "seed-0"

@@ -14,45 +14,50 @@ import warnings
 import numpy as np
 import pytest
 
-from minires import ResNet, evaluate, kernels
-from minires.checkpoint import (
-    CHECKPOINT,
-    DAMAGED,
-    PREVIOUS,
-    CheckpointError,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-)
+from minires import ResNet, evaluation, kernels
+from minires.training import CheckpointError, Interrupted, UsageError, load_model
+from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
+from minires.training.folder import check_space, locked, new_folder
+from minires.training.script import explain
+from minires.training.signals import interrupts
 
 train_cifar = pytest.importorskip("train_cifar")
-from run_folder import check_space, explain, run_folder  # noqa: E402  (what examples need may be missing)
 
 SCRIPT = pathlib.Path(train_cifar.__file__)
 EPOCHS, STEPS = 2, 3  # of a run, and of each epoch
-FLAGS = f"--data sample --epochs {EPOCHS} --batch-size 10 --limit-batches {STEPS} --device cpu --schedule one-cycle"
+FLAGS = (
+    f"--data sample --epochs {EPOCHS} --batch-size 10 --limit-batches {STEPS} --device cpu --schedule one-cycle "
+    "--channels 4 6 6 8"
+)
 
 
 @pytest.fixture(autouse=True)
-def small_network(monkeypatch):
-    monkeypatch.setattr(train_cifar.minires, "ResNet", SmallResNet)
-    monkeypatch.setattr(train_cifar, "draw", lambda *_: None)
+def no_pictures(monkeypatch):
+    without_pictures(monkeypatch)
     with warnings.catch_warnings():
         yield
 
 
-class SmallResNet(ResNet):
-    def __init__(self, blocks, channels=(4, 6, 6, 8), *args, **kwargs):
-        super().__init__(blocks, channels, *args, **kwargs)
+def without_pictures(monkeypatch):
+    for module in (train_cifar, sys.modules["minires.training.run"]):
+        monkeypatch.setattr(module, "draw", lambda *_: None)
+
+
+def code_of_main():
+    """Run the main of train_cifar.py in this process; return its exit code."""
+    try:
+        return train_cifar.main()
+    except Interrupted as end:
+        return end.code
 
 
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """Run train_cifar.py in this process; returns its exit code."""
 
-    def run(*args, folder="run"):
+    def run(*args):
         monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, args)])
-        return train_cifar.main()
+        return code_of_main()
 
     return run
 
@@ -72,8 +77,7 @@ def whole(tmp_path_factory):
     """What a run that nobody has stopped leaves."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(train_cifar.minires, "ResNet", SmallResNet)
-        patch.setattr(train_cifar, "draw", lambda *_: None)
+        without_pictures(patch)
         patch.setattr(sys, "argv", ["train_cifar.py", *FLAGS.split(), "--out", str(folder)])
         assert train_cifar.main() == 0
     return content(folder)
@@ -117,8 +121,8 @@ def stop_at_batch(monkeypatch, batch):
             os.kill(os.getpid(), signal.SIGTERM)
         return normalize(images, *args)
 
-    normalize = evaluate.normalize
-    monkeypatch.setattr(evaluate, "normalize", predict)
+    normalize = evaluation.normalize
+    monkeypatch.setattr(evaluation, "normalize", predict)
 
 
 @pytest.mark.parametrize("step", range(EPOCHS * STEPS))
@@ -127,10 +131,10 @@ def test_stopped_in_any_step(begin, go_on, whole, tmp_path, monkeypatch, capsys,
         stop_at_step(patch, step)
         assert begin() == 130
     out, _ = capsys.readouterr()
-    assert f"interrupted in epoch {step // STEPS + 1}, after step {step + 1} of 6; to go on from there:" in out
+    assert f"interrupted in epoch {step // STEPS + 1}, after step {step + 1} of 6; to resume:" in out
     assert load_checkpoint(tmp_path / "run")[1]["step"] == step + 1
     assert go_on() == 0
-    assert f"going on after step {step + 1} of 6" in capsys.readouterr().out
+    assert f"resuming after step {step + 1} of 6" in capsys.readouterr().out
     assert content(tmp_path / "run") == whole
 
 
@@ -194,14 +198,14 @@ def test_stopped_after_every_step(begin, go_on, whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("batch", range(EPOCHS + 1))
 def test_stopped_in_validation_or_in_the_test(begin, go_on, whole, tmp_path, monkeypatch, capsys, batch):
-    original = evaluate.predict_logits.__defaults__
-    monkeypatch.setattr(evaluate.predict_logits, "__defaults__", (10, *original[1:]))
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", (10, *original[1:]))  # three batches instead of one
+    original = evaluation.predict_logits.__defaults__
+    monkeypatch.setattr(evaluation.predict_logits, "__defaults__", (10, *original[1:]))
+    monkeypatch.setattr(evaluation.evaluate, "__defaults__", (10, *original[1:]))  # three batches instead of one
     with monkeypatch.context() as patch:
         stop_at_batch(patch, 3 * batch + 1)
         assert begin() == 143
     step = min(batch + 1, EPOCHS) * STEPS
-    assert f"after step {step} of 6; to go on from there:" in capsys.readouterr().out
+    assert f"after step {step} of 6; to resume:" in capsys.readouterr().out
     assert go_on() == 0
     expected, actual = whole, content(tmp_path / "run")
     assert actual[0].keys() == expected[0].keys()
@@ -292,7 +296,7 @@ def stopped(begin, tmp_path, monkeypatch):
 
 def test_other_flags_are_refused_with_the_list_of_differences(stopped, go_on):
     flags = ["--lr", "0.1", "--epochs", "2", "--no-shortcut", "--out", "/elsewhere", "--blocks", "1", "1", "1", "1"]
-    with pytest.raises(train_cifar.UsageError) as caught:
+    with pytest.raises(UsageError) as caught:
         go_on(*flags)
     assert str(caught.value) == (
         f"the run in {stopped} was begun otherwise: "
@@ -304,7 +308,7 @@ def test_other_flags_are_refused_with_the_list_of_differences(stopped, go_on):
 
 
 def test_a_default_that_is_given_counts_as_given(stopped, go_on):
-    with pytest.raises(train_cifar.UsageError, match="--batch-size is 10 in the run and 128 on the command line"):
+    with pytest.raises(UsageError, match="--batch-size is 10 in the run and 128 on the command line"):
         go_on("--batch-size", "128")
 
 
@@ -317,29 +321,27 @@ def test_other_images_are_refused(stopped, go_on, monkeypatch):
     data = train_cifar.cifar10.load_sample()
     data.train_images[0, 0, 0, 0] ^= 1
     monkeypatch.setattr(train_cifar.cifar10, "load_sample", lambda: data)
-    with pytest.raises(train_cifar.UsageError, match=r"the images are not those that the run in .* began with"):
+    with pytest.raises(UsageError, match=r"the images are not those that the run in .* began with"):
         go_on()
 
 
 def test_a_run_folder_that_another_process_holds_is_refused(stopped, go_on):
-    with train_cifar.locked(stopped), pytest.raises(train_cifar.UsageError, match="is in use by another process"):
+    with locked(stopped), pytest.raises(UsageError, match="is in use by another process"):
         go_on()
 
 
 def test_a_folder_without_a_run_is_named(train, tmp_path):
-    with pytest.raises(
-        train_cifar.UsageError, match=f"there is no run in {tmp_path}, for .*config.json cannot be read"
-    ):
+    with pytest.raises(UsageError, match=f"there is no run in {tmp_path}, for .*config.json cannot be read"):
         train("--resume", tmp_path)
-    with pytest.raises(train_cifar.UsageError, match=r"there is no run in .*none: No such file"):
+    with pytest.raises(UsageError, match=r"there is no run in .*none: No such file"):
         train("--resume", tmp_path / "none")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(train_cifar.UsageError, match=r"config\.json is damaged .* start the run anew"):
+    with pytest.raises(UsageError, match=r"config\.json is damaged .* start the run anew"):
         train("--resume", tmp_path)
 
 
 def test_a_changed_version_is_told(stopped, go_on, monkeypatch, capsys):
-    monkeypatch.setattr(train_cifar.np, "__version__", "9.9")
+    monkeypatch.setattr(np, "__version__", "9.9")
     assert go_on() == 0
     assert f"note: numpy {np.version.version} then, 9.9 now: last digits may differ" in capsys.readouterr().err
 
@@ -362,7 +364,7 @@ def test_a_nan_in_the_weights_of_a_layer_is_reported_with_its_name(begin, tmp_pa
 
     model = []
     to = ResNet.to
-    monkeypatch.setattr(SmallResNet, "to", lambda self, device: model.append(self) or to(self, device))
+    monkeypatch.setattr(ResNet, "to", lambda self, device: model.append(self) or to(self, device))
     monkeypatch.setitem(train_cifar.SCHEDULES, "one-cycle", one_cycle)
     with pytest.raises(FloatingPointError) as caught:
         begin("--checkpoint-every", "0")
@@ -409,7 +411,7 @@ def test_a_state_that_is_not_finite_is_never_saved(begin, tmp_path, monkeypatch)
 
     model = []
     to = ResNet.to
-    monkeypatch.setattr(SmallResNet, "to", lambda self, device: model.append(self) or to(self, device))
+    monkeypatch.setattr(ResNet, "to", lambda self, device: model.append(self) or to(self, device))
     monkeypatch.setattr(train_cifar.minires.Linear, "backward", large)
     monkeypatch.setitem(train_cifar.SCHEDULES, "one-cycle", one_cycle)
     with pytest.raises(
@@ -427,7 +429,7 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer(begin, monkeypatch
         self.bn1.running_mean.data[:] = np.inf
         return to(self, device)
 
-    monkeypatch.setattr(SmallResNet, "to", poisoned)
+    monkeypatch.setattr(ResNet, "to", poisoned)
     with pytest.raises(
         FloatingPointError, match=r"the validation loss is nan: .* is in the output of bn1; there is no"
     ):
@@ -559,8 +561,9 @@ def test_a_row_that_cannot_be_printed_does_not_lose_its_epoch(begin, go_on, whol
             patch.setattr(sys, "stdout", full)
             original(*args)
 
-        original = train_cifar.write_log
-        patch.setattr(train_cifar, "write_log", write_log)
+        run = sys.modules["minires.training.run"]
+        original = run.write_log
+        patch.setattr(run, "write_log", write_log)
         with pytest.warns(UserWarning, match="standard output: No space left on device; ending after this step"):
             assert begin() == 141
         patch.setattr(sys, "stdout", written)
@@ -572,7 +575,7 @@ def test_a_row_that_cannot_be_printed_does_not_lose_its_epoch(begin, go_on, whol
 def test_a_hangup_does_not_end_what_nohup_has_begun():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with train_cifar.interrupts() as interrupted:
+        with interrupts() as interrupted:
             os.kill(os.getpid(), signal.SIGHUP)
         assert interrupted == []
     finally:
@@ -597,8 +600,8 @@ def test_the_best_weights_and_what_is_said_of_them_are_the_same_in_a_run_that_wa
 
 def test_a_disk_without_room_for_a_run_is_told_before_it_begins(begin, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100_000})
-    monkeypatch.setattr("run_folder.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(train_cifar.UsageError) as caught:
+    monkeypatch.setattr("minires.training.folder.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UsageError) as caught:
         begin()
     message = str(caught.value)
     assert message.startswith(f"the disk of {tmp_path / 'run'} has 0 MB free, and the run needs 1 MB: make room, or ")
@@ -607,13 +610,13 @@ def test_a_disk_without_room_for_a_run_is_told_before_it_begins(begin, tmp_path,
 
 def test_the_room_that_a_run_needs_is_that_of_three_checkpoints_and_the_weights(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 0})
-    monkeypatch.setattr("run_folder.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(train_cifar.UsageError, match="has 0 MB free, and the run needs 261 MB"):
+    monkeypatch.setattr("minires.training.folder.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match="has 0 MB free, and the run needs 261 MB"):
         check_space(tmp_path / "new" / "run", 80_000_000, 20_000_000)
     for name, size in ((CHECKPOINT, 80), (PREVIOUS, 80), ("best.safetensors", 20)):
         with open(tmp_path / name, "wb") as file:
             file.truncate(size * 1_000_000)
-    with pytest.raises(train_cifar.UsageError, match="has 0 MB free, and the run needs 81 MB"):
+    with pytest.raises(UsageError, match="has 0 MB free, and the run needs 81 MB"):
         check_space(tmp_path, 80_000_000, 20_000_000)
     usage.free = 82_000_000
     check_space(tmp_path, 80_000_000, 20_000_000)
@@ -635,19 +638,17 @@ def test_folders_that_cannot_be_written_to_are_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr("run_folder.tempfile.TemporaryFile", refuse)
-        with pytest.raises(train_cifar.UsageError, match="out cannot be written to: Permission denied; name another"):
-            run_folder(tmp_path / "out")
+        patch.setattr("minires.training.folder.tempfile.TemporaryFile", refuse)
+        with pytest.raises(UsageError, match="out cannot be written to: Permission denied; name another"):
+            new_folder(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("run_folder.pathlib.Path.mkdir", refuse)
-        with pytest.raises(
-            train_cifar.UsageError, match=r"/runs/.* cannot be made: Permission denied; name a folder by"
-        ):
-            run_folder(None)
+        patch.setattr("minires.training.folder.pathlib.Path.mkdir", refuse)
+        with pytest.raises(UsageError, match=r"/runs/.* cannot be made: Permission denied; name a folder by"):
+            new_folder(None)
     (tmp_path / "runs").write_text("no folder")
-    with pytest.raises(train_cifar.UsageError, match=r"/runs/.* cannot be made: .*; name a folder by --out"):
-        run_folder(None)
+    with pytest.raises(UsageError, match=r"/runs/.* cannot be made: .*; name a folder by --out"):
+        new_folder(None)
 
 
 def test_a_relative_data_folder_is_kept_as_an_absolute_one(monkeypatch, tmp_path):
@@ -681,7 +682,7 @@ def test_data_that_have_gone_can_be_named_anew(stopped, go_on, train):
 )
 def test_settings_that_are_none_are_refused(train, tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(train_cifar.UsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         train("--resume", tmp_path)
 
 
@@ -703,7 +704,7 @@ def test_settings_that_cannot_be_are_refused(stopped, go_on, name, value, messag
     (stopped / CHECKPOINT).unlink()
     config = json.loads((stopped / "config.json").read_text())
     (stopped / "config.json").write_text(json.dumps(config | {name: value}))
-    with pytest.raises(train_cifar.UsageError) as caught:
+    with pytest.raises(UsageError) as caught:
         go_on()
     import re
 
@@ -714,7 +715,5 @@ def test_settings_that_cannot_be_are_refused(stopped, go_on, name, value, messag
 
 def test_a_checkpoint_of_another_program_is_refused(tmp_path, train):
     save_checkpoint(tmp_path, {"a": np.zeros(3)}, {"step": 500})
-    with pytest.raises(
-        CheckpointError, match=r"is not one of train_cifar\.py: it lacks config, history, seen, .*; name"
-    ):
+    with pytest.raises(CheckpointError, match=r"is not one of a Run: it lacks config, history, seen, .*; name"):
         train("--resume", tmp_path)

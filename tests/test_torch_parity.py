@@ -6,8 +6,8 @@ from conftest import relative_error
 
 import minires
 from minires import SGD, Adam, Dropout, ResNet, SoftmaxCrossEntropy, WeightAverage
-from minires.checkpoint import load_model, save_weights
-from minires.evaluate import measure_statistics
+from minires.evaluation import measure_statistics
+from minires.training import load_model, save_weights
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra 'compare')")
 

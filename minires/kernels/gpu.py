@@ -581,6 +581,7 @@ def replay(function):
     """
     recordings, pools = {}, []
 
+    @functools.wraps(function)
     def call(*arrays):
         key = (_precision, *((array.shape, str(array.dtype)) for array in arrays))
         if key not in recordings:

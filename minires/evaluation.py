@@ -35,6 +35,23 @@ def measure_statistics(model, batches):
 
 
 @contextlib.contextmanager
+def averaged_weights(average, model, batches):
+    """Put averaged weights into a model, with BatchNorm statistics of their own, until the block is left.
+
+    Args        average: a WeightAverage, or None, with which nothing is done; batches: see `measure_statistics`
+    """
+    if average is None:
+        yield
+        return
+    average.swap()
+    try:
+        measure_statistics(model, batches)
+        yield
+    finally:
+        average.swap()
+
+
+@contextlib.contextmanager
 def evaluation_mode(model):
     """Put a model into evaluation mode, and each of its parts back into its own mode when the block is left."""
     modes = [(module, module.training) for module in model.modules()]
@@ -46,20 +63,19 @@ def evaluation_mode(model):
             module.training = training
 
 
-def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lambda: False):
+def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lambda: None):
     """Run images through a model in evaluation mode, a batch at a time; each part's mode is restored.
 
     Shapes      images (N, H, W, 3) uint8, on host or device  ->  logits (N, K), on the host
-    Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: asked
-                before each batch; once it says True, the rest is left undone and None is returned
+    Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: called
+                before each batch; what it raises leaves the rest undone
     """
     weight = model.parameters()[0].data
     device = "cpu" if array_module(weight) is np else "gpu"
     logits = []
     with evaluation_mode(model):
         for start in range(0, len(images), batch_size):
-            if stop():
-                return None
+            stop()
             batch = normalize(to_device(images[start : start + batch_size], device), mean, std, weight.dtype)
             out = model(batch)
             if tta:
@@ -68,15 +84,13 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     return np.concatenate(logits)
 
 
-def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: False):
+def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None):
     """Return the mean loss and the accuracy over all the images, as Python floats.
 
     Shapes      images (N, H, W, 3) uint8, labels (N,) on the host
     Args        tta, stop: see `predict_logits`
     """
     logits = predict_logits(model, images, mean, std, batch_size, tta, stop)
-    if logits is None:
-        return None
     return float(SoftmaxCrossEntropy().forward(logits, labels)), float((logits.argmax(axis=1) == labels).mean())
 
 
