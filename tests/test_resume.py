@@ -22,6 +22,7 @@ from minires.training.script import explain
 from minires.training.signals import interrupts
 
 train_cifar = pytest.importorskip("train_cifar")
+from test_examples import start as start_script  # noqa: E402  (what examples need may be missing)
 
 SCRIPT = pathlib.Path(train_cifar.__file__)
 EPOCHS, STEPS = 2, 3  # of a run, and of each epoch
@@ -440,24 +441,22 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer(begin, monkeypatch
 
 
 def start(*args, **kwargs):
-    command = [sys.executable, SCRIPT, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return start_script(SCRIPT, *args, **kwargs)
 
 
 @pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_path, number, code):
-    flags = "--data sample --epochs 1 --batch-size 4 --limit-batches 20 --blocks 1 1 1 1 --device cpu"
-    process = start(*flags.split(), "--out", "my run", cwd=tmp_path)
-    process.stdout.readline()  # printed when the run begins
-    time.sleep(1)
+    process = start(*FLAGS.split(), "--epochs", "20", "--out", "my run", cwd=tmp_path)
+    for _ in range(3):  # it has begun; the table's header; the first epoch
+        process.stdout.readline()
     process.send_signal(number)
     if number == signal.SIGHUP:  # from the terminal and from the shell
         process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert err == "\nending after this step; Ctrl-C again ends at once, without saving\n"
-    assert "interrupted in epoch 1, after step" in out
+    assert "interrupted in epoch" in out
     command = shlex.split(out.splitlines()[-1])
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
@@ -465,8 +464,8 @@ def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_pa
 
 
 def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
-    flags = "--data sample --batch-size 60 --blocks 1 1 1 1 --device cpu --checkpoint-every 0"
-    process = start(*flags.split(), "--out", tmp_path / "run")
+    flags = ["--data", "sample", "--device", "cpu", "--batch-size", "60", "--checkpoint-every", "0"]
+    process = start(*flags, "--blocks", "1", "1", "1", "1", "--out", tmp_path / "run")
     while process.poll() is None and not (tmp_path / "run" / CHECKPOINT).exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -539,8 +538,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_checkpoint(tmp_path):
-    flags = "--data sample --epochs 3 --batch-size 4 --limit-batches 3 --blocks 1 1 1 1 --device cpu --out run"
-    process = start(*flags.split(), cwd=tmp_path)
+    process = start(*FLAGS.split(), "--epochs", "3", "--out", "run", cwd=tmp_path)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
