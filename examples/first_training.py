@@ -9,7 +9,7 @@ import minires
 from minires import cifar10
 from minires.augment import normalize, random_flip
 
-SEED, EPOCHS, BATCH_SIZE = 0, 6, 50
+SEED, EPOCHS, BATCH_SIZE = 0, 5, 50
 
 # Data: images (N, 32, 32, 3) of bytes, labels (N,) from 0 to 9
 data = cifar10.load_sample()

@@ -16,7 +16,7 @@ from minires import cifar10
 from minires.augment import normalize, random_flip
 from minires.training import Run
 
-SEED, EPOCHS, BATCH_SIZE = 0, 6, 50
+SEED, EPOCHS, BATCH_SIZE = 0, 5, 50
 
 data = cifar10.load_sample()
 training, validation = cifar10.split(len(data.train_images), seed=SEED)

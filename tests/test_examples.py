@@ -429,19 +429,21 @@ def test_the_picture_of_the_augmentations_is_drawn(tmp_path):
     assert 20_000 < (tmp_path / "picture.png").stat().st_size < 150_000
 
 
+@pytest.mark.slow
 def test_the_first_training_learns():
     code, out, err = run("first_training.py")
     assert (code, err) == (0, "")
     assert float(out.splitlines()[-1].split()[3].rstrip("%")) >= 30
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_is_stopped_and_killed_and_ends_with_the_same_bits(tmp_path):
     """As in resumable_training.py, whose checkpoints are ten minutes apart: a signal writes one, a kill does not."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    code, out, err = run("resumable_training.py", whole)
-    assert code == 0, err
+    one_thread = os.environ | {"MINIRES_NUM_THREADS": "1"}
+    never_stopped = start("resumable_training.py", whole, env=one_thread)  # meanwhile
     for number, expected in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        process = start("resumable_training.py", stopped)
+        process = start("resumable_training.py", stopped, env=one_thread)
         while "valid" not in process.stdout.readline():
             assert process.poll() is None
         process.stdout.readline()  # the row of an epoch
@@ -450,6 +452,8 @@ def test_a_loop_of_ones_own_is_stopped_and_killed_and_ends_with_the_same_bits(tm
         assert process.returncode == expected
     code, resumed, err = run("resumable_training.py", stopped)
     assert code == 0, err
+    out, err = never_stopped.communicate(timeout=300)
+    assert never_stopped.returncode == 0, err
     assert "resuming after step" in resumed
     assert resumed.splitlines()[-1] == out.splitlines()[-1]
     for name in ("best.safetensors", "checkpoint.safetensors"):
