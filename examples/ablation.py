@@ -26,15 +26,17 @@ import subprocess
 import sys
 
 import numpy as np
-from recipes import FREE_IN_A_RESUMED_RUN, RECIPES, at_least, checked
-from recipes import parse_arguments as train_arguments
 
 from minires.training import UsageError
+from minires.training.arguments import at_least, folder
 from minires.training.folder import RESULT, SETTINGS, read_settings
-from minires.training.output import draw
+from minires.training.output import draw, note
 from minires.training.script import run_script
 from minires.training.signals import ending_signals
 from minires.training.storage import write_atomically
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
+import recipes
 
 TRAIN = pathlib.Path(__file__).parent / "train_cifar.py"
 FAST = ["--recipe", "fast", "--no-full-train"]  # a fifth of the training images is kept for validation
@@ -68,7 +70,7 @@ STUDIES = {
         "no average": [*FAST, "--ema", "0"],
         "dropout 0.5": [*FAST, "--dropout", "0.5"],
     },
-    "recipes": {name: ["--recipe", name, "--tta"] for name in RECIPES},
+    "recipes": {name: ["--recipe", name, "--tta"] for name in recipes.RECIPES},
 }
 COLUMNS = ("validation_accuracy", "validation_loss", "test_accuracy", "test_accuracy_tta", "test_loss", "seconds")
 
@@ -83,7 +85,7 @@ def parse_arguments():
     names = "; ".join(f"{study}: {', '.join(map(repr, variants))}" for study, variants in STUDIES.items())
     add("--variants", nargs="+", metavar="NAME", help=f"only these of the study; {names}")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="runs of each variant, with seeds from 0; default 3")
-    add("--out", type=pathlib.Path, metavar="DIR", help="the folder of the study, default runs/ablation-STUDY")
+    add("--out", type=folder, metavar="DIR", help="the folder of the study, default runs/ablation-STUDY")
     args, args.shared = parser.parse_known_args()
     unknown = [name for name in args.variants or [] if name not in STUDIES[args.study]]
     if unknown:
@@ -101,7 +103,7 @@ def main():
     args = parse_arguments()
     runs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants or STUDIES[args.study]]
     for variant, seed in runs:  # once each variant, then each again
-        train_arguments(options_of(args, variant, seed))
+        recipes.parse_arguments(options_of(args, variant, seed))
     complete_runs(args)  # what train_cifar.py or an earlier run does not agree with is told before anything begins
     failed = False
     for i, (variant, seed) in enumerate(runs, start=1):
@@ -111,7 +113,7 @@ def main():
             if code > 1:
                 return code
             if code == 1:  # a loss that is not finite says something about the variant: the others go on
-                print(f"{variant}, seed {seed}, did not end well, and is left out of the table", file=sys.stderr)
+                note(f"{variant}, seed {seed}, did not end well, and is left out of the table")
                 failed = True
         write_table(args)
     print((args.out / "table.md").read_text("utf-8"), end="")
@@ -143,18 +145,20 @@ def complete_runs(args):
         for seed in seeds_of(args, variant):
             folder = folder_of(args, variant, seed)
             if (folder / SETTINGS).exists():
-                check_settings(folder, train_arguments(options_of(args, variant, seed))[0])
+                check_settings(folder, recipes.parse_arguments(options_of(args, variant, seed))[0])
                 if (folder / RESULT).exists():
                     complete.setdefault(variant, []).append(folder)
     return complete
 
 
 def check_settings(folder, asked):
-    config = checked(read_settings(folder), folder)
+    config = recipes.checked(read_settings(folder), folder)
     different = [
         f"--{name.replace('_', '-')} is {config.get(name)} there and {value} now"
         for name, value in vars(asked).items()
-        if name not in FREE_IN_A_RESUMED_RUN and value != config.get(name) and (name, value) != ("precision", None)
+        if name not in recipes.FREE_IN_A_RESUMED_RUN
+        and value != config.get(name)
+        and (name, value) != ("precision", None)
     ]
     if "sample" in (asked.data, config.get("data")) and asked.data != config.get("data"):  # any folder holds the same
         different.append(f"--data is {config.get('data')} there and {asked.data} now")
@@ -167,11 +171,11 @@ def train(args, variant, seed):
     folder, options = folder_of(args, variant, seed), options_of(args, variant, seed)
     if not (folder / SETTINGS).exists():
         return call([sys.executable, TRAIN, *options, "--out", folder])
-    _, given = train_arguments(options)
+    _, given = recipes.parse_arguments(options)
     free = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in given.items()
-        if name in FREE_IN_A_RESUMED_RUN
+        if name in recipes.FREE_IN_A_RESUMED_RUN
     ]
     return call([sys.executable, TRAIN, "--resume", folder, *free])
 

@@ -7,10 +7,10 @@ import argparse
 import pathlib
 
 import numpy as np
-from recipes import at_least
 
 from minires import augment, plots
 from minires.cifar10 import load_sample
+from minires.training.arguments import at_least
 from minires.training.script import run_script
 
 

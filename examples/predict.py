@@ -10,12 +10,12 @@ import argparse
 import pathlib
 
 import numpy as np
-from evaluate import logits_of
 
 from minires import cifar10
 from minires.backend import choose_device
 from minires.training import load_model
 from minires.training.script import run_script
+from minires.training.weights import logits_of
 
 TOP = 3
 

@@ -1,17 +1,15 @@
 """What can be asked of train_cifar.py: the recipes, their ingredients, and the flags of a run that goes on."""
 
 import argparse
-import math
-import pathlib
-import re
-import sys
 
 import minires
-from minires import cifar10, kernels
+from minires import kernels
 from minires.backend import gpu_library
 from minires.kernels import gpu
 from minires.training import UsageError
+from minires.training.arguments import at_least, data_folder, folder, not_negative, positive, probability
 from minires.training.folder import SETTINGS
+from minires.training.output import note
 
 SCHEDULES = {
     "constant": minires.constant,
@@ -113,7 +111,7 @@ def make_parser():
         metavar="N",
         help="of weights, split, order, augmentation and dropout",
     )
-    add("--out", type=pathlib.Path, metavar="DIR", help="the run folder (default: runs/ and the time)")
+    add("--out", type=folder, metavar="DIR", help="the run folder (default: runs/ and the time)")
     add("--limit-batches", type=at_least(1), metavar="N", help="use only the first N batches of every pass, for a try")
     add("--blocks", type=at_least(1), nargs=4, default=[2, 1, 1, 1], metavar="N", help="of each stage, default 2 1 1 1")
     add(
@@ -128,7 +126,7 @@ def make_parser():
     add("--no-batch-norm", action="store_true", help="the network without normalisation")
     add("--no-augment", action="store_true", help="no crop, flip, cutout and TrivialAugment but what is given")
     add("--checkpoint-every", type=not_negative, default=10, metavar="MINUTES", help="default 10; 0: after each step")
-    add("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="go on with a run, with the flags it was begun with")
+    add("--resume", type=folder, metavar="RUN_FOLDER", help="go on with a run, with the flags it was begun with")
     add("--debug", action="store_true", help="errors with a traceback; on a GPU a look for NaN at each step")
     add("--recipe", choices=list(RECIPES), default="report", help="sets all that follows; default report")
 
@@ -195,53 +193,11 @@ def choose_precision(args, device):
     if args.precision != "float32" and not tensor_cores and not args.resume:
         raise UsageError(f"--precision {args.precision} needs a GPU and its fast kernels; without, it is float32")
     if device == "gpu" and not tensor_cores:
-        print("note: the reference kernels serve this GPU; the fast ones need compute capability 8.0", file=sys.stderr)
+        note("note: the reference kernels serve this GPU; the fast ones need compute capability 8.0")
     precision = args.precision if tensor_cores else "float32"
     gpu.set_precision("float32" if precision == "float32" else "tf32")
     recorded = args.graph and precision != "float32"  # cuBLAS, which strict float32 needs, cannot be
     return PRECISIONS[precision], LOSS_SCALE if precision == "fp16" else 1.0, recorded
-
-
-def data_folder(text):
-    """Return "sample", or a folder in a way that is right wherever a run goes on from."""
-    if not text:
-        raise argparse.ArgumentTypeError(
-            "expected sample or a folder, got an empty name; without --data the default is"
-        )
-    return text if text == "sample" else str(pathlib.Path(text).absolute())
-
-
-def read_data(data):
-    """Read the sample, or a folder with CIFAR-10, which is downloaded where none is named."""
-    return cifar10.load_sample() if data == "sample" else cifar10.load(data, or_download=True)
-
-
-def at_least(least, below=math.inf):
-    def whole_number(text):
-        if not re.fullmatch("-?[0-9]+", text) or not least <= int(text) < below:
-            limit = "" if below == math.inf else f" and below {below}"
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}, got {text}")
-        return int(text)
-
-    return whole_number
-
-
-def number(expected, valid):
-    def real_number(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not valid(value):
-            raise argparse.ArgumentTypeError(f"expected a number {expected}, got {text}")
-        return value
-
-    return real_number
-
-
-positive = number("above 0", lambda value: 0 < value < math.inf)
-not_negative = number("of at least 0", lambda value: 0 <= value < math.inf)
-probability = number("from 0 to below 1", lambda value: 0 <= value < 1)
 
 
 def resumed(args, given, config):

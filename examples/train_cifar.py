@@ -17,11 +17,12 @@ NaN) is the Run's, in minires/training; README.md beside this file explains the 
 import functools
 import hashlib
 import math
+import pathlib
+import sys
 import warnings
 from typing import NamedTuple
 
 import numpy as np
-from recipes import FREE_IN_A_RESUMED_RUN, SCHEDULES, choose_precision, parse_arguments, read_data, resumed
 
 import minires
 from minires import cifar10
@@ -31,9 +32,14 @@ from minires.batches import Batches
 from minires.evaluation import averaged_weights, evaluate
 from minires.kernels import gpu
 from minires.training import Run, UsageError, load_model
-from minires.training.folder import RESULT, WEIGHTS
+from minires.training.arguments import read_data
+from minires.training.folder import RESULT
 from minires.training.output import draw
 from minires.training.script import run_script
+from minires.training.weights import WEIGHTS
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
+from recipes import FREE_IN_A_RESUMED_RUN, SCHEDULES, choose_precision, parse_arguments, resumed
 
 STATISTICS_IMAGES = 5000  # with which BatchNorm's statistics are measured for averaged weights, one in eight or ten
 
@@ -180,10 +186,7 @@ def statistics_batches(args, data, epoch):
 
 
 def transform(args, epoch, dtype, images, index, start):
-    """Augment images of the training set and normalise them.
-
-    Args        index: of each image in the training set; start: the position of the first one in the epoch
-    """
+    """Augment images of the training set and normalise them, as Batches asks for it."""
     if args.crop:
         images = random_crop(images, args.seed, epoch, start, args.crop)
     if args.flip == "random":

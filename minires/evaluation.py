@@ -29,6 +29,8 @@ def measure_statistics(model, batches):
                 for norm in norms:
                     norm.training, norm.momentum = True, len(images) / seen  # the mean over all images so far
                 model(images)
+            if not seen and norms:
+                raise ValueError("measure_statistics: expected at least one batch of images, got none")
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum, norm._cache = momentum, None
@@ -70,6 +72,8 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: called
                 before each batch; what it raises leaves the rest undone
     """
+    if images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"expected images (N, H, W, 3), channels last, at least one of them, got {images.shape}")
     weight = model.parameters()[0].data
     device = "cpu" if array_module(weight) is np else "gpu"
     logits = []
@@ -99,5 +103,5 @@ def confusion_matrix(labels, predictions, num_classes):
 
     Shapes      labels (N,), predictions (N,)  ->  (K, K): row the label, column the prediction
     """
-    pairs = labels * num_classes + predictions
+    pairs = np.asarray(labels, np.int64) * num_classes + np.asarray(predictions, np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -258,9 +258,9 @@ def test_the_test_is_that_of_the_best_weights(in_process, monkeypatch):
     [
         (["--data", "/nowhere"], "error: /nowhere does not exist, expected the folder with the six files"),
         (["--data", "sample", "--out", EXAMPLES], f"error: --out {EXAMPLES} exists and is not an empty folder"),
-        (["--batch-size", "0"], "--batch-size: expected a whole number of at least 2, got 0"),
-        (["--seed", str(2**64)], f"--seed: expected a whole number of at least 0 and below {2**64}, got {2**64}"),
-        (["--epochs", "x"], "--epochs: expected a whole number of at least 1, got x"),
+        (["--batch-size", "0"], "--batch-size: expected an integer of at least 2, got 0"),
+        (["--seed", str(2**64)], f"--seed: expected an integer of at least 0 and below {2**64}, got {2**64}"),
+        (["--epochs", "x"], "--epochs: expected an integer of at least 1, got x"),
         (["--lr", "-1"], "--lr: expected a number above 0, got -1"),
         (["--dropout", "1"], "--dropout: expected a number from 0 to below 1, got 1"),
         (["--recipe", "fast", "--ema", "1"], "--ema: expected a number from 0 to below 1, got 1"),
@@ -658,9 +658,9 @@ def test_an_empty_name_for_the_data_is_refused(checkpoint):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got 0"),
-        (["--rounds", "0"], "--rounds: expected a whole number of at least 1, got 0"),
-        (["--steps", "-2"], "--steps: expected a whole number of at least 1, got -2"),
+        (["--batch-size", "0"], "--batch-size: expected an integer of at least 1, got 0"),
+        (["--rounds", "0"], "--rounds: expected an integer of at least 1, got 0"),
+        (["--steps", "-2"], "--steps: expected an integer of at least 1, got -2"),
     ],
 )
 def test_numbers_that_leave_nothing_to_time_are_refused(args, message):
@@ -707,7 +707,7 @@ def test_a_variant_that_does_not_end_well_does_not_end_the_study(tmp_path, monke
         if "plain" in variant:
             return 1
         folder.mkdir(parents=True)
-        config = vars(ablation.train_arguments(ablation.options_of(args, variant, seed))[0])
+        config = vars(ablation.recipes.parse_arguments(ablation.options_of(args, variant, seed))[0])
         (folder / "config.json").write_text(json.dumps(config | {"out": None, "parameters": 1000}))
         (folder / "result.json").write_text(json.dumps({name: 0.75 + 0.01 * seed for name in ablation.COLUMNS}))
         return 0
@@ -727,7 +727,7 @@ def test_a_variant_that_does_not_end_well_does_not_end_the_study(tmp_path, monke
 def test_an_option_that_the_training_script_refuses_ends_the_study(tmp_path):
     code, out, err = run("ablation.py", "--out", tmp_path, "--epochs", "0")
     assert (code, out) == (2, "")
-    assert "--epochs: expected a whole number of at least 1, got 0" in err.splitlines()[-1]
+    assert "--epochs: expected an integer of at least 1, got 0" in err.splitlines()[-1]
 
 
 def test_a_variant_that_there_is_not_is_named():

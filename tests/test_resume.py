@@ -1,11 +1,14 @@
 """A run that was stopped and goes on gives the same bits as one that never was, wherever it was stopped."""
 
+import concurrent.futures
 import csv
+import errno
 import json
 import os
 import pathlib
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 from minires import ResNet, evaluation, kernels
-from minires.training import CheckpointError, Interrupted, UsageError, load_model
+from minires.training import CheckpointError, Interrupted, UsageError, load_model, output, storage
 from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
 from minires.training.folder import check_space, locked, new_folder
 from minires.training.script import explain
@@ -597,7 +600,7 @@ def test_the_best_weights_and_what_is_said_of_them_are_the_same_in_a_run_that_wa
 
 
 def test_a_disk_without_room_for_a_run_is_told_before_it_begins(begin, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 100_000})
+    usage = type("Usage", (), {"free": 100_000, "total": 10**9})
     monkeypatch.setattr("minires.training.folder.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UsageError) as caught:
         begin()
@@ -607,7 +610,7 @@ def test_a_disk_without_room_for_a_run_is_told_before_it_begins(begin, tmp_path,
 
 
 def test_the_room_that_a_run_needs_is_that_of_three_checkpoints_and_the_weights(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 0})
+    usage = type("Usage", (), {"free": 0, "total": 10**9})
     monkeypatch.setattr("minires.training.folder.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UsageError, match="has 0 MB free, and the run needs 261 MB"):
         check_space(tmp_path / "new" / "run", 80_000_000, 20_000_000)
@@ -687,7 +690,7 @@ def test_settings_that_are_none_are_refused(train, tmp_path, text, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("epochs", "x", "--epochs: expected a whole number of at least 1, got x"),
+        ("epochs", "x", "--epochs: expected an integer of at least 1, got x"),
         ("epochs", None, "--epochs is null"),
         ("epochs", True, "--epochs: expected one argument"),
         ("lr", -1, "--lr: expected a number above 0, got -1"),
@@ -715,3 +718,122 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, train):
     save_checkpoint(tmp_path, {"a": np.zeros(3)}, {"step": 500})
     with pytest.raises(CheckpointError, match=r"is not one of a Run: it lacks config, history, seen, .*; name"):
         train("--resume", tmp_path)
+
+
+# Niceties that end no run
+
+ONE_STEP = [*FLAGS.split(), "--epochs", "1", "--limit-batches", "1"]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nosuch"])
+def test_a_backend_of_matplotlib_that_is_not_there_ends_no_run(tmp_path, backend):
+    process = start(*ONE_STEP, "--out", tmp_path / "run", env=os.environ | {"MPLBACKEND": backend}, pictures=True)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_ends_no_run(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("minires.plots.plot_curves", fail)
+    output.draw("plot_curves", [], tmp_path / "curves.png")
+    assert capsys.readouterr().err == f"no picture {tmp_path / 'curves.png'}: no ink\n"
+
+
+def test_a_process_without_standard_error_trains(tmp_path):
+    command = [sys.executable, str(SCRIPT), *ONE_STEP, "--out", str(tmp_path / "run")]
+    done = subprocess.run(["sh", "-c", shlex.join(command) + " 2>&-"], stdout=subprocess.PIPE, timeout=100)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_signal_to_a_process_without_standard_error_is_written_into_no_file(tmp_path):
+    """The first file that such a process opens gets the number 2."""
+    code = """
+import os, signal, sys
+from minires.training.signals import interrupts
+sys.stderr = None
+with interrupts() as arrived:
+    os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(arrived != [signal.SIGTERM])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_names_that_the_outputs_encoding_lacks_end_no_run(tmp_path, encoding):
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    process = start(*ONE_STEP, "--epochs", "50", "--out", "运行", cwd=tmp_path, env=env)
+    process.stdout.readline(), process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert r"\u8fd0\u884c" in out
+    code = "from minires.training.output import say; say('运行', [])"  # a loop of one's own
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, rb"\u8fd0\u884c")
+
+
+def test_a_log_that_another_program_holds_open_is_written_next_time(begin, tmp_path, monkeypatch):
+    original, calls = storage.os.replace, []
+
+    def replace(source, target):
+        if pathlib.Path(target).name == "log.csv":
+            calls.append(target)
+            if len(calls) == 1:
+                raise PermissionError(13, "The process cannot access the file", str(target))
+        return original(source, target)
+
+    monkeypatch.setattr(storage.os, "replace", replace)
+    with pytest.warns(UserWarning, match=r"log\.csv: The process cannot access the file; all rows are written next"):
+        assert begin() == 0
+    with open(tmp_path / "run" / "log.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_a_disk_that_does_not_tell_its_size_is_not_taken_for_full(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 0, "total": 0})
+    monkeypatch.setattr("minires.training.folder.shutil.disk_usage", lambda _: usage)
+    check_space(tmp_path, 80_000_000, 20_000_000)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_share_that_knows_no_fsync_of_folders_keeps_checkpoints(tmp_path, monkeypatch, number):
+    original = storage.os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        original(descriptor)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    save_checkpoint(tmp_path, {"a": np.zeros(3)}, {"step": 1})
+    assert load_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    args, _ = train_cifar.parse_arguments(["--out=~/a", "--data=~/d"])
+    assert (args.out, args.data) == (tmp_path / "a", str(tmp_path / "d"))
+
+
+def test_a_run_in_a_thread_trains(begin, whole, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(begin).result() == 0
+    assert content(tmp_path / "run") == whole
+
+
+def test_the_script_finds_its_recipes_wherever_python_looks(tmp_path):
+    args = [*ONE_STEP, "--help"]
+    for command, env in (
+        ([sys.executable, "-m", "examples.train_cifar"], {"PYTHONPATH": str(SCRIPT.parent.parent)}),
+        ([sys.executable, str(SCRIPT)], {"PYTHONSAFEPATH": "1"}),
+    ):
+        done = subprocess.run(
+            [*command, *args], cwd=SCRIPT.parent.parent, env=os.environ | env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr

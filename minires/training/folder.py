@@ -24,8 +24,9 @@ import numpy as np
 import minires
 from minires.training.checkpoint import CHECKPOINT, PREVIOUS
 from minires.training.storage import PART, write_atomically
+from minires.training.weights import WEIGHTS
 
-SETTINGS, LOG, WEIGHTS, RESULT = "config.json", "log.csv", "best.safetensors", "result.json"
+SETTINGS, LOG, RESULT = "config.json", "log.csv", "result.json"
 PICTURES = 2**20  # bytes, more than the pictures, the log and the settings of a run take together
 
 
@@ -77,12 +78,12 @@ def check_space(folder, checkpoint, weights):
     Raises      UsageError that says how much there is and how much a run takes
     """
     folder = folder.absolute()
-    written = [folder / name for name in (CHECKPOINT, PREVIOUS, "best.safetensors")]  # by a run that goes on
+    written = [folder / name for name in (CHECKPOINT, PREVIOUS, WEIGHTS)]  # by a run that goes on
     present = sum(path.stat().st_size for path in written if path.exists())
     needed = max(checkpoint, 3 * checkpoint + weights - present) + PICTURES
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    free = disk.free
+    if disk.total and free < needed:  # a disk of 0 bytes is a file system that does not tell
         raise UsageError(
             f"the disk of {folder} has {free / 1e6:,.0f} MB free, and the run needs {needed / 1e6:,.0f} MB: "
             "make room, or begin a run on another disk by --out"

@@ -1,5 +1,6 @@
 """What a run says: a line for each epoch, a progress bar, pictures. None of it may end the run or lose an epoch."""
 
+import contextlib
 import os
 import sys
 import time
@@ -17,12 +18,25 @@ BROKEN_PIPE = 13  # the number of SIGPIPE, which Windows has not
 def say(line, interrupted):
     """Print a line. Where nobody reads any more, or the disk of the output is full, the run ends as by a signal."""
     try:
-        print(line, flush=True)
+        print(printable(line, sys.stdout), flush=True)
     except OSError as error:
         drop_output()
         interrupted.append(BROKEN_PIPE)
         if not isinstance(error, BrokenPipeError):
             warnings.warn(f"standard output: {error.strerror}; ending after this step", stacklevel=2)
+
+
+def note(line):
+    """Print a line beside the output proper; a process may have nowhere to print it (a service, 2>&-)."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(printable(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+def printable(line, stream):
+    """Write what a stream's encoding lacks, such as Chinese names of folders on many consoles, as backslash escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def output_works():
@@ -47,7 +61,8 @@ class Progress:
         self.title, self.batches, self.batch, self.images = title, batches, done, 0
         self.interrupted = interrupted
         self.started = self.last_line = time.monotonic()
-        form = {"bar_format": BAR, "leave": False, "disable": None, "dynamic_ncols": True}
+        hidden = None if sys.stderr else True  # None: where it is no terminal
+        form = {"bar_format": BAR, "leave": False, "disable": hidden, "dynamic_ncols": True}
         self.bar = tqdm(total=batches, initial=done, desc=title, **form)
 
     def update(self, images, loss, accuracy, last):
@@ -81,9 +96,12 @@ def print_row(row, header, interrupted):
 
 
 def draw(plot, *args):
-    """Draw a picture of minires.plots, where matplotlib is installed; a run does not end for want of a picture."""
+    """Draw a picture of minires.plots, where matplotlib is installed; nothing ends for want of a picture.
+
+    Args        plot: the name of the function; args: its arguments, the path last
+    """
     try:
         getattr(plots, plot)(*args)
-    except ImportError as error:
+    except Exception as error:  # matplotlib itself, a backend that notebooks ask for, a file that another program holds
         if getattr(error, "name", None) != "matplotlib":
-            print(f"no picture {args[-1]}: {error}", file=sys.stderr)
+            note(f"no picture {args[-1]}: {error}")

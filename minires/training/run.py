@@ -27,6 +27,7 @@ import pathlib
 import shlex
 import sys
 import time
+import warnings
 
 import numpy as np
 
@@ -45,7 +46,6 @@ from minires.training.folder import (
     LOG,
     RESULT,
     SETTINGS,
-    WEIGHTS,
     UsageError,
     check_space,
     locked,
@@ -55,10 +55,10 @@ from minires.training.folder import (
     write_json,
     write_log,
 )
-from minires.training.output import Progress, draw, print_row, say
+from minires.training.output import Progress, draw, note, print_row, say
 from minires.training.signals import interrupts
 from minires.training.storage import CheckpointError, remove_parts
-from minires.training.weights import metadata_of, save_weights, write_state
+from minires.training.weights import WEIGHTS, metadata_of, save_weights, write_state
 
 POSITION = ("config", "history", "step", "seen", "loss_sum", "correct", "seconds", "epoch_seconds")  # in a checkpoint
 MAY_CHANGE_DIGITS = ("minires", "numpy", "kernels", "device")
@@ -172,8 +172,7 @@ class Run:
             epoch_seconds, seconds = position["epoch_seconds"], position["seconds"]
             if self.best:  # the files may be ahead of the checkpoint
                 write_state(self.folder / WEIGHTS, self.best, best_row_of(self.history) | metadata_of(model))
-            if self.history:
-                write_log(self.folder / LOG, self.history)
+            self._write_log()
         now = time.monotonic()
         self._started, self._epoch_started, self._saved_at = now - seconds, now - epoch_seconds, now
         self._saved, self._drawn_at = (self.step, len(self.history)), -math.inf
@@ -181,7 +180,7 @@ class Run:
     def epochs(self):
         """Yield the number of each epoch that is left; what follows an epoch is done when the loop comes back."""
         if self.resumed:
-            print(f"resuming after step {self.step} of {self.total_steps}", flush=True)
+            say(f"resuming after step {self.step} of {self.total_steps}", self._signals)
         epochs_before = len(self.history)
         while len(self.history) < self.num_epochs:
             self.epoch = len(self.history) + 1
@@ -282,6 +281,7 @@ class Run:
             "validation_accuracy": best["validation_accuracy"],
             "seconds": round(time.monotonic() - self._started, 1),
         }
+        self._write_log()
         write_json(self.folder / RESULT, result)
         (self.folder / PREVIOUS).unlink(missing_ok=True)
         return result
@@ -322,7 +322,7 @@ class Run:
             self.keep_weights()
         self._row["seconds"] = round(time.monotonic() - self._epoch_started, 1)
         self.history.append(self._row)
-        write_log(self.folder / LOG, self.history)
+        self._write_log()
         self._save_if_due()
         print_row(self._row, first, self._signals)
         if time.monotonic() - self._drawn_at >= SECONDS_BETWEEN_PICTURES:
@@ -347,6 +347,13 @@ class Run:
     def _save_unsaved(self):
         if self._saved != (self.step, len(self.history)):
             self.save()
+
+    def _write_log(self):
+        if self.history:
+            try:
+                write_log(self.folder / LOG, self.history)
+            except PermissionError as error:  # on Windows, for as long as another program has it open
+                warnings.warn(f"{error.filename}: {error.strerror}; all rows are written next time", stacklevel=2)
 
     def _draw_curves(self):
         if self.history:
@@ -408,4 +415,4 @@ def print_changes(then, now):
     changed = [name for name in MAY_CHANGE_DIGITS if then.get(name) != now[name]]
     if changed:
         changes = "; ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in changed)
-        print(f"note: {changes}: last digits may differ from those of a run that never stopped", file=sys.stderr)
+        note(f"note: {changes}: last digits may differ from those of a run that never stopped")

@@ -11,7 +11,7 @@ import warnings
 from minires import cifar10, kernels
 from minires.backend import GPUError
 from minires.training.folder import SETTINGS, UsageError
-from minires.training.output import BROKEN_PIPE, drop_output, output_works
+from minires.training.output import BROKEN_PIPE, drop_output, note, output_works
 from minires.training.storage import CheckpointError
 
 
@@ -43,6 +43,9 @@ def run_script(main):
 
     With --debug on the command line it stays a traceback. A pipe that nobody reads any more ends it without a word.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names that the encoding lacks are printed with backslashes
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     code, line = 1, ""
     try:
@@ -63,7 +66,7 @@ def run_script(main):
         code, line = explain(error)
     with contextlib.suppress(OSError):
         if line:
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            note(f"error: {line}")
     if not output_works():
         drop_output()
     sys.exit(code)

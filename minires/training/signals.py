@@ -3,7 +3,10 @@
 import contextlib
 import os
 import signal
+import sys
+import threading
 
+ENDING = b"\nending after this step; Ctrl-C again ends at once, without saving\n"
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
@@ -20,11 +23,13 @@ def interrupts():
         arrived.append(number)
         for each in before:
             signal.signal(each, signal.SIG_IGN if each == HANGUP else signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nending after this step; Ctrl-C again ends at once, without saving\n")  # print may be busy
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            if sys.stderr is not None:  # else its number may be that of a file of ours
+                os.write(sys.stderr.fileno(), ENDING)  # print may be busy
 
     before = {}
-    for each in ending_signals():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    for each in ending_signals() if in_main_thread else []:  # Python lets no other thread hear signals
         before[each] = signal.signal(each, on_signal)
     try:
         yield arrived

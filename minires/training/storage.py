@@ -5,6 +5,7 @@ Source      https://github.com/huggingface/safetensors, the format: a JSON heade
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import pathlib
 import numpy as np
 
 PART = ".minires-part"  # the ending of a file that is being written
+NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # answers of shares that know fsync of files only
 HEADER_LIMIT = 2**22  # bytes; that of a checkpoint of the default network has 25,000, and 200 for each epoch
 
 
@@ -44,6 +46,9 @@ def write_atomically(path, content, keep=None):
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
+            except OSError as error:
+                if error.errno not in NOT_FOR_FOLDERS:
+                    raise
             finally:
                 os.close(folder)
     except BaseException as error:
@@ -65,10 +70,16 @@ def pack(arrays, metadata):
     import safetensors.numpy
 
     text = json.dumps(metadata)
+    arrays = {name: native(array) for name, array in arrays.items()}
     content = safetensors.numpy.save(arrays, {"minires": text, "sha256": _checksum(arrays, text)})
     if int.from_bytes(content[:8], "little") > HEADER_LIMIT:  # `read_arrays` would refuse it
         raise ValueError(f"the header of a file can have {HEADER_LIMIT:,} bytes, got metadata of {len(text):,}")
     return content
+
+
+def native(array):
+    """Return an array in the order of axes and of bytes in which safetensors writes it."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
 def read_arrays(path):
@@ -104,7 +115,7 @@ def read_arrays(path):
         raise CheckpointError(
             f"{path} is damaged: its metadata are nested too deeply, expected a JSON object"
         ) from error
-    except TypeError as error:  # NumPy has no bfloat16
+    except (TypeError, AttributeError) as error:  # NumPy has no bfloat16 and no float8
         raise CheckpointError(f"{path} holds numbers that NumPy cannot read ({error}): save it in float32") from error
     except CheckpointError:
         raise

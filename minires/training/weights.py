@@ -6,12 +6,17 @@
 In PyTorch:     model.load_state_dict(safetensors.torch.load_file("best.safetensors"))
 """
 
+import warnings
+
 import numpy as np
 
+from minires import cifar10
+from minires.evaluation import predict_logits
 from minires.module import UNUSED_IN_PYTORCH_STATE
 from minires.resnet import ResNet
 from minires.training.storage import CheckpointError, pack, read_arrays, write_atomically
 
+WEIGHTS = "best.safetensors"  # in a run folder
 FLOATS = ("float16", "float32", "float64")
 
 
@@ -56,6 +61,10 @@ def load_weights(path):
                 float16, float32 or float64, values that are not finite, or a negative variance
     """
     state, metadata = read_arrays(path)
+    if "format" in metadata:
+        raise CheckpointError(
+            f"{path} is a checkpoint, from which a run is resumed: name the weights, {WEIGHTS} in the same folder"
+        )
     for name, array in state.items():
         last = name.rpartition(".")[2]
         if array.dtype.name not in FLOATS and not (last == UNUSED_IN_PYTORCH_STATE and array.dtype.kind in "iu"):
@@ -110,3 +119,23 @@ def network_of(state, shortcut=None):
     model = ResNet(blocks, channels, num_classes, shortcut=shortcut, batch_norm=batch_norm)
     model.load_state_dict(state)
     return model
+
+
+def logits_of(model, images, checkpoint, tta=False):
+    """Run images through a network that a checkpoint holds.
+
+    Shapes      images (N, 32, 32, 3) uint8  ->  logits (N, 10)
+    Raises      CheckpointError for a network that tells other classes apart, or whose numbers run out of range
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what is not finite is told below, in one line
+        logits = predict_logits(model, images, cifar10.MEAN, cifar10.STD, tta=tta)
+    if logits.shape[1] != len(cifar10.CLASSES):
+        raise CheckpointError(f"{checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10: name another one")
+    if not np.isfinite(logits).all():
+        wrong = np.count_nonzero(~np.isfinite(logits).all(axis=1))
+        raise CheckpointError(
+            f"{checkpoint} gives logits that are not finite for {wrong:,} of {len(images):,} images: "
+            "its weights are too large to compute with, name another one"
+        )
+    return logits
