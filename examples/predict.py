@@ -19,10 +19,10 @@ import numpy as np
 
 from minires import cifar10
 from minires.backend import choose_device
-from minires.training import UsageError, load_model
+from minires.training import UsageError
 from minires.training.output import note
 from minires.training.script import run_script
-from minires.training.weights import logits_of
+from minires.training.weights import load_or_published, logits_of
 
 TOP = 3
 SIDE = 32  # pixels
@@ -48,12 +48,12 @@ def main():
 
     networks = [path for path in args.files if path.suffix == ".safetensors"]
     pictures = [path for path in args.files if path.suffix != ".safetensors"]
-    if len(networks) != 1 or not pictures:
-        raise UsageError(
-            f"expected pictures and one .safetensors file of weights, got {len(pictures)} pictures and {len(networks)}"
-        )
+    if len(networks) > 1:
+        raise UsageError(f"expected at most one .safetensors file of weights, got {' and '.join(map(str, networks))}")
+    if not pictures:
+        raise UsageError(f"expected pictures, got {networks[0]} alone: name a picture after it")
     device = choose_device(args.device)
-    model, _ = load_model(networks[0])
+    model, checkpoint = load_or_published(*networks)
 
     images = {}  # by path, (32, 32, 3) uint8
     for path in pictures:
@@ -62,7 +62,7 @@ def main():
         except PictureError as error:
             note(f"error: {error}")
     if images:
-        logits = logits_of(model.to(device), np.stack(list(images.values())), networks[0])  # (N, 10)
+        logits = logits_of(model.to(device), np.stack(list(images.values())), checkpoint)  # (N, 10)
         exp = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = exp / exp.sum(axis=1, keepdims=True)
         for path, row in zip(images, probabilities, strict=True):

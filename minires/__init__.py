@@ -48,13 +48,19 @@ __all__ = [  # noqa: RUF022
     "Batches",
     "evaluate",
     "predict_logits",
+    "pretrained",
 ]
 
 
 def __getattr__(name):
-    """Import cifar10 when it is first asked for: python -m minires.cifar10 must not find itself already there."""
-    if name == "cifar10":
-        import importlib
+    """Import what is no mathematics when it is first asked for.
 
+    `python -m minires.cifar10` must not find itself already there, and `pretrained` needs more than NumPy.
+    """
+    import importlib
+
+    if name == "cifar10":
         return importlib.import_module("minires.cifar10")
+    if name == "pretrained":
+        return importlib.import_module("minires.training.weights").pretrained
     raise AttributeError(f"module 'minires' has no attribute {name!r}")

@@ -4,8 +4,12 @@
     model, metadata = load_model("best.safetensors")
 
 In PyTorch:     model.load_state_dict(safetensors.torch.load_file("best.safetensors"))
+
+The weights that come with minires are such a file too, in float16; ../weights/README.md says where they are from.
 """
 
+import hashlib
+import pathlib
 import warnings
 
 import numpy as np
@@ -18,6 +22,8 @@ from minires.training.storage import CheckpointError, pack, read_arrays, write_a
 
 WEIGHTS = "best.safetensors"  # in a run folder
 FLOATS = ("float16", "float32", "float64")
+PUBLISHED = pathlib.Path(__file__).parent.parent / "weights" / "resnet.safetensors"
+PUBLISHED_SHA256 = "26cc34778412c523d6f602462b6de33f1e9fb71526ce09464108bf3f6b32b4f4"  # by examples/publish.py
 
 
 def save_weights(path, model, metadata=None):
@@ -51,6 +57,40 @@ def load_model(path):
     except (ValueError, IndexError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{path} holds no network that minires can build: {error}") from error
     return model.eval(), metadata
+
+
+def load_published():
+    """Load the weights that come with minires, as `load_model` does.
+
+    Raises      CheckpointError for a file that is missing or not the one that was published
+    """
+    try:
+        found = hashlib.sha256(PUBLISHED.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{PUBLISHED} cannot be read: {error.strerror}; install minires anew") from error
+    if found != PUBLISHED_SHA256:
+        raise CheckpointError(f"{PUBLISHED} has SHA-256 {found}, expected {PUBLISHED_SHA256}: install minires anew")
+    return load_model(PUBLISHED)
+
+
+def pretrained():
+    """Return the network with the weights that come with minires, in evaluation mode, on the CPU, in float32.
+
+    Limits      ten classes, those of `cifar10.CLASSES`; images of 32x32 pixels, normalised by `cifar10.MEAN` and STD
+    """
+    return load_published()[0]
+
+
+def load_or_published(path=None):
+    """Load the network that a script was given, or else the one that comes with minires, and say so.
+
+    Returns     the model; the path of its weights
+    """
+    if path is not None:
+        return load_model(path)[0], path
+    model, metadata = load_published()
+    print(f"weights that come with minires: {metadata['test_accuracy']:.2%} of CIFAR-10's test images are right")
+    return model, PUBLISHED
 
 
 def load_weights(path):
