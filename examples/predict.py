@@ -100,7 +100,9 @@ def read_image(path, crop="centre"):
     except FileNotFoundError:
         raise PictureError(f"{path} is missing; expected a PNG or JPEG file") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{path} is no picture that Pillow can read: it is of no format that it knows") from None
+        raise PictureError(
+            f"{path} is no picture that Pillow can read: it has no format that it knows, or a rare form of one"
+        ) from None
     except Exception as error:  # the readers of forty formats raise whatever a damaged file leads them to
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         raise PictureError(f"{path} is no picture that Pillow can read: {reason}") from error
