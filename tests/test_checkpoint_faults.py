@@ -171,12 +171,12 @@ def test_the_good_one_survives_the_saves_after_a_damaged_one(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     (tmp_path / CHECKPOINT).write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match=rf"kept as {DAMAGED}\); going on from .*{PREVIOUS}, the checkpoint before it"):
+    with pytest.warns(UserWarning, match=rf"kept as {DAMAGED}\); resuming from .*{PREVIOUS}, the checkpoint before it"):
         assert same(load_checkpoint(tmp_path), 1)
     save(tmp_path, 3)
     assert same(load_checkpoint(tmp_path), 3)
     (tmp_path / CHECKPOINT).unlink()
-    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors cannot be read: No such file.*; going on from"):
+    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors cannot be read: No such file.*; resuming from"):
         assert same(load_checkpoint(tmp_path), 1)
 
 

@@ -718,10 +718,10 @@ def test_a_variant_that_does_not_end_well_does_not_end_the_study(tmp_path, monke
     assert ablation.main() == 1
     assert len(made) == 3 * len(ablation.STUDIES["report"])
     out, err = capsys.readouterr()
-    assert "plain, without sums, seed 2, did not end well" in err
+    assert "plain, without shortcuts, seed 2, did not end well" in err
     accuracy, loss = "76.00 ± 1.00 %", "0.7600 ± 0.0100"
     assert f"| SGD | 1,000 | 3 | {accuracy} | {loss} | {accuracy} | {accuracy} | {loss} | 1 |" in out
-    assert "| plain, without sums |" not in out
+    assert "| plain, without shortcuts |" not in out
 
 
 def test_an_option_that_the_training_script_refuses_ends_the_study(tmp_path):

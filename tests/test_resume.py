@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(begin, go_on, whole, t
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors is damaged.*going on from .*previous\.safetensors"):
+    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors is damaged.*resuming from .*previous\.safetensors"):
         assert go_on() == 0
     assert (tmp_path / "run" / DAMAGED).read_bytes() == data
     assert content(tmp_path / "run") == whole
@@ -628,7 +628,7 @@ def test_a_full_disk_names_the_folder_to_go_on_with(stopped):
     assert code == 1
     assert line == (
         f"{stopped / 'log.csv'}: No space left on device; what was there before is unharmed. Once the cause is mended, "
-        f"the run goes on with --resume {stopped}"
+        f"resume the run by --resume {stopped}"
     )
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shlex
+import subprocess
 import sys
 import time
 import warnings
@@ -37,6 +39,11 @@ def printable(line, stream):
     """Write what a stream's encoding lacks, such as Chinese names of folders on many consoles, as backslash escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def command_line(words):
+    """Join the words of a command so that it can be pasted into a shell, on Windows into its own."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def output_works():

@@ -24,7 +24,6 @@ import contextlib
 import itertools
 import math
 import pathlib
-import shlex
 import sys
 import time
 import warnings
@@ -55,7 +54,7 @@ from minires.training.folder import (
     write_json,
     write_log,
 )
-from minires.training.output import Progress, draw, note, print_row, say
+from minires.training.output import Progress, command_line, draw, note, print_row, say
 from minires.training.signals import interrupts
 from minires.training.storage import CheckpointError, remove_parts
 from minires.training.weights import WEIGHTS, metadata_of, save_weights, write_state
@@ -381,7 +380,7 @@ class Run:
         command += [self.resume_flag, str(self.folder.absolute())] if self.resume_flag else sys.argv[1:]
         return (
             f"\ninterrupted in epoch {epoch}, after step {self.step} of {self.total_steps}; to resume:\n    "
-            + shlex.join(command)
+            + command_line(command)
         )
 
 
