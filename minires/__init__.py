@@ -5,7 +5,7 @@ The names below are in reading order: each file uses only files that come before
 
 from minires import backend, rng, kernels  # noqa: I001  (reading order, not the alphabet's)
 from minires.module import Buffer, Module, Parameter, Sequential
-from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU
+from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, Flatten, GlobalAvgPool2d, Linear, MaxPool2d, ReLU
 from minires.loss import SoftmaxCrossEntropy
 from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle, triangular
 from minires.resnet import BasicBlock, ResNet
@@ -26,8 +26,10 @@ __all__ = [  # noqa: RUF022
     "Sequential",
     "ReLU",
     "Dropout",
+    "Flatten",
     "Linear",
     "GlobalAvgPool2d",
+    "MaxPool2d",
     "BatchNorm2d",
     "Bias2d",
     "Conv2d",

@@ -67,7 +67,7 @@ class Module:
                     the gradient of the input.
 
     Parameters, buffers and child modules are the attributes that are such, in the order in which they were set; those
-    in lists count as well. Their names are dotted paths: layer1.0.conv1.weight.
+    in lists, tuples and dicts count as well, nested or not. Their names are dotted paths: layer1.0.conv1.weight.
     """
 
     training = True
@@ -94,12 +94,10 @@ class Module:
         return cache
 
     def attributes(self, kind):
-        """Yield (name, value) for each attribute of a kind, and (name.0, value) and so on for those in a list."""
-        for name, value in vars(self).items():
-            if isinstance(value, kind):
-                yield name, value
-            elif isinstance(value, list | tuple):
-                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, kind))
+        """Yield (name, value) for each attribute of a kind, and those in lists and dicts as (name.0, value), (name.key,
+        value) and so on.
+        """
+        return _walk(vars(self), kind, "")
 
     def named_children(self):
         """Yield (name, module) for each direct part."""
@@ -182,8 +180,18 @@ class Module:
             value.data[...] = array_module(value.data).asarray(array)
 
 
+def _walk(collection, kind, prefix):
+    """Yield (dotted name, value) for each value of a kind in a dict, and in the lists and dicts inside it."""
+    for name, value in collection.items():
+        if isinstance(value, kind):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, list | tuple | dict):
+            inside = value if isinstance(value, dict) else dict(enumerate(value))
+            yield from _walk(inside, kind, f"{prefix}{name}.")
+
+
 class Sequential(Module):
-    """Modules one after the other; without any, the identity. The parts are named by their place: 0, 1, ...
+    """Modules one after the other; without any, the identity. The parts are named by their position: 0, 1, ...
 
     Args        layers: the modules, in order
     Raises      TypeError for anything else
@@ -192,7 +200,7 @@ class Sequential(Module):
     def __init__(self, *layers):
         for i, layer in enumerate(layers):
             if not isinstance(layer, Module):
-                raise TypeError(f"Sequential takes modules one after the other, got {layer!r} in place {i}")
+                raise TypeError(f"Sequential takes modules one after the other, got {layer!r} at position {i}")
             setattr(self, str(i), layer)
 
     def layers(self):

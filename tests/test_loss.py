@@ -47,7 +47,9 @@ def test_a_numpy_number_does_not_promote():
         (np.array([0, 10]), "labels from 0 to 9, got 0 to 10"),
         (np.array([-1, 3]), "labels from 0 to 9, got -1 to 3"),
         (np.array([0, 1, 2]), r"got \(2, 10\) and \(3,\)"),
-        (np.array([0.0, 1.0]), "whole numbers, got float64"),
+        (np.array([0.0, 1.0]), "labels that are integers, got float64"),
+        ([0, 1], r"expects labels as an array \(N,\), got list"),
+        (3, r"expects labels as an array \(N,\), got int"),
     ],
 )
 def test_labels_that_do_not_fit_are_named(labels, message):

@@ -76,7 +76,7 @@ def test_every_parameter_changes_after_one_step(rng, make):
     assert [name for name in before if (before[name] == after[name]).all()] == []
 
 
-def test_32_images_are_learned_by_heart(rng):
+def test_32_images_can_be_overfitted(rng):
     model, loss = ResNet((1, 1), (16, 32), dropout=0.0), SoftmaxCrossEntropy()
     x, labels = rng.standard_normal((32, 8, 8, 3)).astype(np.float32), rng.integers(0, 10, 32)
     optimizer = Adam(model.parameters(), lr=0.01)

@@ -484,7 +484,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
     ("flags", "environment", "code", "line"),
     [
         (["--resume", "/nowhere"], {}, 2, "error: there is no run in /nowhere: No such file or directory"),
-        (["--data", "sample"], {"MINIRES_NUM_THREADS": "x"}, 2, "error: MINIRES_NUM_THREADS must be a whole number"),
+        (["--data", "sample"], {"MINIRES_NUM_THREADS": "x"}, 2, "error: MINIRES_NUM_THREADS must be an integer"),
         (["--data", "sample"], {"MINIRES_KERNELS": "x"}, 2, "error: MINIRES_KERNELS must be 'fast' or 'reference'"),
         (
             ["--data", "sample", "--out", "/dev/null/x"],

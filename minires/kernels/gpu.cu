@@ -355,12 +355,13 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// Backward, stage one: sums of g and of g x_hat over each chunk of rows, partial (chunks, 2, C).
-// Bytes: 2 of x, or 3 with relu
+// Backward, stage one: g is dout, or with a ReLU 0 where out is not positive, and then written to `masked`; the sums of
+// g and of g x_hat over each chunk of rows, partial (chunks, 2, C). Without a ReLU, out and masked are null.
+// Bytes: 2 of x, or 4 with a ReLU
 template <typename T, int V, int ROWS>
 __global__ void __launch_bounds__(256)
     batch_norm_backward_sums(const T* dout, const T* x, const T* out, const float* mean, const float* var,
-                             float* partial, int M, int C, float eps, bool relu) {
+                             float* partial, T* masked, int M, int C, float eps) {
     __shared__ float shared[9 * 32 * V];
     const int c = min((int)(blockIdx.y * blockDim.x + threadIdx.x) * V, C - V), step = blockDim.y;
     const int row = blockIdx.x * ROWS * step + threadIdx.y;
@@ -369,13 +370,16 @@ __global__ void __launch_bounds__(256)
 #pragma unroll 4
     for (int i = 0; i < ROWS; ++i) {
         const long long at = (long long)min(row + i * step, M - 1) * C + c;
-        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at), o = load<V>((relu ? out : x) + at);
+        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at), o = load<V>((out ? out : x) + at);
+        Pack<T, V> kept;
         for (int v = 0; v < V; ++v) {
-            const bool counts = row + i * step < M && (!relu || float(o.item[v]) > 0);
+            const bool counts = row + i * step < M && (!out || float(o.item[v]) > 0);
             const float g = counts ? float(d.item[v]) : 0.f;
             sum[v] += g;
             product[v] += g * (float(p.item[v]) - centre[v]);
+            kept.item[v] = T(g);
         }
+        if (masked && row + i * step < M) store(masked + at, kept);
     }
     sum_over_block(sum, shared);
     sum_over_block(product, shared);
@@ -405,17 +409,15 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// Backward, the last pass: dx = weight rstd (g - dbias / M - x_hat dweight / M), and g itself if dresidual is given.
-// Bytes: 3 of x, 1 more with relu, 1 more with a residual
+// Backward, the last pass: dx = weight rstd (dout - dbias / M - x_hat dweight / M).   Bytes: 3 of x
 template <typename T, int V, int ROWS>
 __global__ void __launch_bounds__(256)
-    batch_norm_backward_apply(const T* dout, const T* x, const T* out, const float* weight, const float* mean,
-                              const float* var, const float* dbias, const float* dweight, T* dx, T* dresidual, int M,
-                              int C, float eps, bool relu) {
+    batch_norm_backward_apply(const T* dout, const T* x, const float* weight, const float* mean, const float* var,
+                              const float* dbias, const float* dweight, T* dx, int M, int C, float eps) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V, step = blockDim.y;
     const int row = blockIdx.x * ROWS * step + threadIdx.y;
     if (c >= C) return;
-    float scale[V], slope[V], shift[V];  // dx = scale g - slope (x - mean) - shift, sorted by what varies
+    float scale[V], slope[V], shift[V];  // dx = scale dout - slope (x - mean) - shift, sorted by what varies
     for (int v = 0; v < V; ++v) {
         const float rstd = rsqrtf(var[c + v] + eps);
         scale[v] = weight[c + v] * rstd;
@@ -425,17 +427,12 @@ __global__ void __launch_bounds__(256)
 #pragma unroll 4
     for (int i = 0; i < ROWS; ++i) {
         const long long at = (long long)min(row + i * step, M - 1) * C + c;
-        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at), o = load<V>((relu ? out : x) + at);
-        Pack<T, V> result, masked;
-        for (int v = 0; v < V; ++v) {
-            const float g = relu && !(float(o.item[v]) > 0) ? 0.f : float(d.item[v]);
-            result.item[v] = T(g * scale[v] - (float(p.item[v]) - mean[c + v]) * slope[v] - shift[v]);
-            masked.item[v] = T(g);
-        }
-        if (row + i * step < M) {
-            store(dx + at, result);
-            if (dresidual) store(dresidual + at, masked);
-        }
+        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at);
+        Pack<T, V> result;
+        for (int v = 0; v < V; ++v)
+            result.item[v] =
+                T(float(d.item[v]) * scale[v] - (float(p.item[v]) - mean[c + v]) * slope[v] - shift[v]);
+        if (row + i * step < M) store(dx + at, result);
     }
 }
 
