@@ -7,7 +7,8 @@ from minires import backend, rng, kernels  # noqa: I001  (reading order, not the
 from minires.module import Buffer, Module, Parameter, Sequential
 from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU
 from minires.loss import SoftmaxCrossEntropy
-from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle, triangular
+from minires.optim import SGD, Adam, WeightAverage
+from minires.schedules import constant, cosine, one_cycle, triangular
 from minires.resnet import BasicBlock, ResNet
 from minires.summary import summary
 from minires.gradcheck import check_gradients
