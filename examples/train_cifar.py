@@ -53,7 +53,7 @@ from run_folder import (
 
 import minires
 from minires import cifar10
-from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip, trivial_augment
+from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip
 from minires.backend import array_module, choose_device, memory_shortage, to_device
 from minires.checkpoint import (
     PREVIOUS,
@@ -69,6 +69,7 @@ from minires.checkpoint import (
 from minires.evaluate import evaluate, measure_statistics
 from minires.finite import all_finite, first_not_finite
 from minires.kernels import gpu
+from minires.trivial_augment import trivial_augment
 
 STEPS_BETWEEN_READINGS = {"cpu": 1, "gpu": 10}  # reading the loss waits for the GPU
 IMAGES_AT_ONCE = {"cpu": 1, "gpu": 5120}  # that are augmented together: on a GPU, many small launches take longer

@@ -12,7 +12,7 @@ from minires.schedules import constant, cosine, one_cycle, triangular
 from minires.resnet import BasicBlock, ResNet
 from minires.summary import summary
 from minires.gradcheck import check_gradients
-from minires import augment, evaluate, checkpoint, finite
+from minires import augment, trivial_augment, evaluate, checkpoint, finite
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -44,6 +44,7 @@ __all__ = [  # noqa: RUF022
     "check_gradients",
     "cifar10",
     "augment",
+    "trivial_augment",
     "evaluate",
     "checkpoint",
     "finite",
