@@ -7,11 +7,13 @@ from minires import backend, rng, kernels  # noqa: I001  (reading order, not the
 from minires.module import Buffer, Module, Parameter, Sequential
 from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, Flatten, GlobalAvgPool2d, Linear, MaxPool2d, ReLU
 from minires.loss import SoftmaxCrossEntropy
-from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle, triangular
 from minires.resnet import BasicBlock, ResNet
-from minires.summary import summary
 from minires.gradcheck import check_gradients
+from minires.optim import SGD, Adam, WeightAverage
+from minires.schedules import constant, cosine, one_cycle, triangular
+from minires.summary import summary
 from minires import augment
+from minires.trivial_augment import trivial_augment
 from minires.batches import Batches
 from minires.evaluation import evaluate, predict_logits
 
@@ -34,6 +36,9 @@ __all__ = [  # noqa: RUF022
     "Bias2d",
     "Conv2d",
     "SoftmaxCrossEntropy",
+    "BasicBlock",
+    "ResNet",
+    "check_gradients",
     "SGD",
     "Adam",
     "WeightAverage",
@@ -41,15 +46,13 @@ __all__ = [  # noqa: RUF022
     "cosine",
     "one_cycle",
     "triangular",
-    "BasicBlock",
-    "ResNet",
     "summary",
-    "check_gradients",
-    "cifar10",
     "augment",
+    "trivial_augment",
     "Batches",
     "evaluate",
     "predict_logits",
+    "cifar10",
 ]
 
 
