@@ -13,7 +13,6 @@ from minires.optim import SGD, Adam, WeightAverage
 from minires.schedules import constant, cosine, one_cycle, triangular
 from minires.summary import summary
 from minires import augment
-from minires.trivial_augment import trivial_augment
 from minires.batches import Batches
 from minires.evaluation import evaluate, predict_logits
 
@@ -48,7 +47,6 @@ __all__ = [  # noqa: RUF022
     "triangular",
     "summary",
     "augment",
-    "trivial_augment",
     "Batches",
     "evaluate",
     "predict_logits",
