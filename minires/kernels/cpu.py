@@ -65,9 +65,23 @@ def add(a, b):
     return out
 
 
-def fold(C, M):
-    """Return how many of M rows of C numbers to take as one, so that a row has up to ROW numbers."""
-    return math.gcd(M, 2 ** (max(1, ROW // C).bit_length() - 1))  # M, pixels times images, is rich in factors of 2
+def fold(x):
+    """See x as rows of channels, and several rows, f, as one, so that it has up to ROW numbers.
+
+    Shapes      x (..., C), which are M rows  ->  (M / f, f*C)
+    """
+    C = x.shape[-1]
+    M = x.size // C
+    f = math.gcd(M, 2 ** (max(1, ROW // C).bit_length() - 1))  # M, pixels times images, is rich in factors of 2
+    return np.ascontiguousarray(x).reshape(M // f, f * C)
+
+
+def along(rows, v):
+    """Repeat a number for each channel along a folded row.
+
+    Shapes      rows (M / f, f*C), v (C,)  ->  (f*C,)
+    """
+    return np.tile(v, rows.shape[1] // len(v))
 
 
 def column_sums(x):
@@ -88,11 +102,8 @@ def unfold_sum(row, C):
 
 def sum_over_rows(x):
     """See `reference.sum_over_rows`. A block is added up in float32 to one long row, all else in float64."""
-    C = x.shape[-1]
-    M = x.size // C
-    f = fold(C, M)
-    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
-    partial = run(lambda block: unfold_sum(column_sums(rows[block]), C), blocks(*rows.shape))
+    rows = fold(x)
+    partial = run(lambda block: unfold_sum(column_sums(rows[block]), x.shape[-1]), blocks(*rows.shape))
     return np.sum(partial, axis=0).astype(x.dtype)
 
 
@@ -105,16 +116,14 @@ def batch_norm_statistics(x):
     Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
                 variances"
     """
-    C = x.shape[-1]
+    C, rows = x.shape[-1], fold(x)
     M = x.size // C
-    f = fold(C, M)
-    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
 
     def statistics(block):
-        n = (block.stop - block.start) * f
+        n = rows[block].size // C
         block_mean = unfold_sum(column_sums(rows[block]), C) / n  # (C,)
         centred = scratch("block", rows[block].shape)
-        np.subtract(rows[block], np.tile(block_mean, f).astype(x.dtype), out=centred)
+        np.subtract(rows[block], along(rows, block_mean).astype(x.dtype), out=centred)
         squares = np.multiply(centred, centred, out=centred)
         return n, block_mean, unfold_sum(column_sums(squares), C)
 
@@ -132,13 +141,9 @@ def batch_norm_forward(x, weight, bias, mean, var, eps):
 
 def batch_norm_add_relu_forward(x, weight, bias, mean, var, eps, residual=None, relu=False):
     """See `reference.batch_norm_add_relu_forward`. One pass over memory."""
-    C = x.shape[-1]
-    M = x.size // C
-    f = fold(C, M)
-    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
-    residual_rows = None if residual is None else np.ascontiguousarray(residual).reshape(rows.shape)
+    rows, residual_rows = fold(x), None if residual is None else fold(residual)
     out = fresh(rows.shape)
-    mean, scale, bias = (np.tile(v, f) for v in (mean, weight * rsqrt(var, eps), bias))  # (f*C,)
+    mean, scale, bias = (along(rows, v) for v in (mean, weight * rsqrt(var, eps), bias))  # (f*C,)
     zeros = np.zeros_like(mean)  # np.maximum is twice as fast with an array as with a number
 
     def normalise(block):
@@ -161,14 +166,9 @@ def batch_norm_backward_sums(dout, x, mean, var, eps):
 
 def batch_norm_add_relu_backward_sums(dout, x, out, mean, var, eps):
     """See `reference.batch_norm_add_relu_backward_sums`. One pass over memory; the sums are float64."""
-    C = x.shape[-1]
-    M = x.size // C
-    f = fold(C, M)
-    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
-    dout_rows = np.ascontiguousarray(dout).reshape(rows.shape)
-    out_rows = None if out is None else np.ascontiguousarray(out).reshape(rows.shape)
+    C, rows, dout_rows, out_rows = x.shape[-1], fold(x), fold(dout), None if out is None else fold(out)
     g = dout_rows if out is None else fresh(rows.shape)
-    mean = np.tile(mean, f)  # (f*C,)
+    mean = along(rows, mean)  # (f*C,)
 
     def sums(block):
         if out is not None:
@@ -186,15 +186,12 @@ def batch_norm_backward(dout, x, weight, mean, var, eps, dweight, dbias):
 
     Why         dx = scale (slope (x - mean) + shift + dout): the formula, sorted by what varies from row to row.
     """
-    C = x.shape[-1]
-    M = x.size // C
-    f = fold(C, M)
-    rows = np.ascontiguousarray(x).reshape(M // f, f * C)
-    dout_rows = np.ascontiguousarray(dout).reshape(rows.shape)
+    rows, dout_rows = fold(x), fold(dout)
+    M = x.size // x.shape[-1]
     dx = fresh(rows.shape)
     rstd = rsqrt(var, eps)  # (C,)
     slope, shift, scale = -rstd * dweight / M, -dbias / M, weight * rstd  # (C,)
-    mean, slope, shift, scale = (np.tile(v, f).astype(x.dtype) for v in (mean, slope, shift, scale))  # (f*C,)
+    mean, slope, shift, scale = (along(rows, v).astype(x.dtype) for v in (mean, slope, shift, scale))  # (f*C,)
 
     def input_gradient(block):
         piece = np.subtract(rows[block], mean, out=dx[block])

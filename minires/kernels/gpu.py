@@ -47,7 +47,7 @@ ROWS_OF_A_GRADIENT = 32  # at least
 STEP_BYTES = 64  # of the shortest step along the inner dimension
 BLOCKS = 128  # that a convolution should have, one for each multiprocessor of a large GPU
 GRADIENT_BLOCKS = 264  # the same for the weight gradient, whose sums are split until there are so many
-SHORTEST_SPLIT = 1024  # places of the image that a block of the weight gradient sums at least
+SHORTEST_SPLIT = 1024  # positions of the image that a block of the weight gradient sums at least
 MOST_TAPS = 32  # of a window: one bit each
 INDEX_LIMIT = 2**31  # the kernels count elements in 32 bits
 
@@ -423,9 +423,9 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
 def is_implicit(x, weight_shape, out_shape):
     """Whether the tensor cores take a convolution from x to an output, or back."""
     kh, kw, C, columns = weight_shape
-    places = math.prod(out_shape[:3])
+    positions = math.prod(out_shape[:3])
     row = round_up(kh * kw * C, ROWS_OF_A_GRADIENT) if C % step_of(x) else 0  # of columns, which are made then
-    largest = max(x.size, places * out_shape[3], places * row)
+    largest = max(x.size, positions * out_shape[3], positions * row)
     allowed = x.dtype == "float16" or _precision == "tf32"
     return allowed and columns % COLUMNS_OF_A_TILE == 0 and kh * kw <= MOST_TAPS and largest < INDEX_LIMIT
 
@@ -479,19 +479,19 @@ def convolve(source, weight, target, geometry, forward):
 def convolve_weight_gradient(x, dout, weight_shape, geometry):
     xp = array_module(x)
     N, _, _, _, oh, ow, O, _, _, _ = geometry
-    places, rows = N * oh * ow, math.prod(weight_shape[:3])
+    positions, rows = N * oh * ow, math.prod(weight_shape[:3])
     tile = next(tile for tile in GRADIENT_TILES[str(x.dtype)] if rows % tile[0] == 0 and O % tile[1] == 0)
     BM, BN, WM, WN, stages, inner = tile
     tiles = rows // BM * (O // BN)
-    splits = max(1, min(GRADIENT_BLOCKS // tiles, places // SHORTEST_SPLIT))
-    places_each = round_up(-(-places // splits), inner // x.dtype.itemsize)
-    splits = -(-places // places_each)
+    splits = max(1, min(GRADIENT_BLOCKS // tiles, positions // SHORTEST_SPLIT))
+    positions_each = round_up(-(-positions // splits), inner // x.dtype.itemsize)
+    splits = -(-positions // positions_each)
     partial = xp.empty((splits, *weight_shape), "float32")
     launch(
         f"convolve_weight_gradient<{type_name(x)}, {tile_arguments(tile)}>",
         (rows // BM, O // BN, splits),
         (BM // WM * (BN // WN) * 32,),
-        *(x, dout, partial, *geometry, places_each),
+        *(x, dout, partial, *geometry, positions_each),
         shared_bytes=stages * (BM + BN) * inner,
     )
     if splits == 1:

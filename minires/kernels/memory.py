@@ -68,7 +68,7 @@ def fresh(shape):
 
 
 def _take(size):
-    with _taking:  # meanwhile others only append to _idle, so places in it stay what they are
+    with _taking:  # meanwhile others only append to _idle, so an index into it stays right
         for i in range(len(_idle) - 1, -1, -1):  # the newest first: a cache may still hold some of it
             if _idle[i].size == size:
                 return _idle.pop(i)

@@ -8,10 +8,10 @@ A backward is given dout, the derivative of the loss by the forward's output, an
 each input, in the shape of that input. It is found the same way each time: ask through which outputs an element of
 the input influences the loss, and add up.
 
-A window is the rectangle of kh kw pixels that a convolution or a pooling looks at; it slides over the image in steps of
-`stride` pixels, and each of its kh kw positions is a tap. Convolutions multiply what the window shows by weights: those
-of one output channel are a filter. (The field also calls window and filter a kernel. Here a kernel is a function that
-computes, such as those below.)
+A window is the rectangle of kh kw pixels that a convolution or a pooling looks at. It slides over the image in steps of
+`stride` pixels, and each of the kh kw pixels that it shows is a tap. A convolution multiplies what the window shows by
+weights: those of one output channel are a filter. (The field also calls window and filter a kernel. Here a kernel is a
+function that computes, such as those below.)
 
 Letters in shapes: N images in the batch, H and W height and width, C channels in, O channels out, kh and kw height and
 width of a window, oh and ow height and width of the output, D numbers that describe an image at the end of the network,
@@ -158,7 +158,7 @@ def max_pool2d_forward(x, kernel_size, stride):
 def max_pool2d_backward(dout, x, out, kernel_size, stride):
     """Send the gradient of `max_pool2d_forward` back to x.
 
-    Backward    dx[n, y, x, c] = sum of dout over all windows in which this pixel is the largest
+    Backward    dx of a pixel = sum of dout over all windows in which it is the largest
 
     Why         A window's output moves one to one with its largest pixel, and the others do not influence it. Windows
                 may overlap, so what a pixel gets is added up. On a tie the first of the largest pixels gets all, row
@@ -566,7 +566,7 @@ def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_
 
 
 def average_update(average, param, decay):
-    """Move a running average towards a parameter; writes to average.
+    """Move an exponential moving average (EMA) of a parameter towards its value; writes to average.
 
     Update      average = decay average + (1 - decay) param
 

@@ -1,9 +1,10 @@
 """How the fast CPU kernels share their work among cores.
 
 NumPy's functions run on one core, but release Python's lock while they compute, so plain threads can run several at a
-time. A kernel cuts its work into tasks and hands them to `run`. Two rules make the results the same bits for any number
-of threads: the shape of the problem alone decides where it is cut, and what several tasks add up is kept apart until
-all are done, then added in the order of the tasks.
+time. A kernel cuts its work into tasks (`blocks`, `chunks_of_images`) and hands them to `run`. Two rules make the
+results the same bits for any number of threads: the shape of the problem alone decides where it is cut, and what
+several tasks add up is kept apart until all are done, then added in the order of the tasks (`groups_of`,
+`sum_of_groups`).
 
 Matrix products have threads of their own, in the BLAS library that NumPy calls. `one_blas_thread` holds it to one, so
 that the two kinds do not fight for the cores.
@@ -114,9 +115,8 @@ def run(work, tasks):
             waiting.clear()
             raise
         finally:
-            concurrent.futures.wait(
-                others
-            )  # again, as the first wait may have been interrupted: none may go on writing
+            # again, as the first wait may have been interrupted: none may go on writing
+            concurrent.futures.wait(others)
         for other in others:
             other.result()  # raises what the thread has raised
     return results
