@@ -28,7 +28,7 @@ class ReLU(Module):
 
     def backward(self, dout):
         (out,) = self._take_cache()
-        _check_dout(self, dout, out.shape)
+        _check_dout(self, dout, out.shape, out.dtype)
         return kernels_for(dout).relu_backward(dout, out)
 
 
@@ -56,17 +56,17 @@ class Dropout(Module):
 
     def forward(self, x):
         if not self.training or self.p == 0:
-            self._keep(None, x.shape)
+            self._keep(None, x.shape, x.dtype)
             return x
         xp = array_module(x)
         self.step = int(self.step) if xp is np else xp.asarray(self.step, dtype="uint64")
         self.step += 1  # in place if it is an array; backward comes before the next forward, so it finds the same
-        self._keep(self.step, x.shape)
+        self._keep(self.step, x.shape, x.dtype)
         return kernels_for(x).dropout_forward(x, self.p, self.key, self.step)
 
     def backward(self, dout):
-        step, x_shape = self._take_cache()
-        _check_dout(self, dout, x_shape)
+        step, x_shape, dtype = self._take_cache()
+        _check_dout(self, dout, x_shape, dtype)
         return dout if step is None else kernels_for(dout).dropout_backward(dout, self.p, self.key, step)
 
 
@@ -83,12 +83,12 @@ class Flatten(Module):
     """
 
     def forward(self, x):
-        self._keep(x.shape)
+        self._keep(x.shape, x.dtype)
         return x.reshape(len(x), math.prod(x.shape[1:]))
 
     def backward(self, dout):
-        (x_shape,) = self._take_cache()
-        _check_dout(self, dout, (x_shape[0], math.prod(x_shape[1:])))
+        x_shape, dtype = self._take_cache()
+        _check_dout(self, dout, (x_shape[0], math.prod(x_shape[1:])), dtype)
         return dout.reshape(x_shape)
 
 
@@ -121,7 +121,7 @@ class Linear(Module):
 
     def backward(self, dout):
         (x,) = self._take_cache()
-        _check_dout(self, dout, (len(x), self.out_features))
+        _check_dout(self, dout, (len(x), self.out_features), x.dtype)
         dx, dweight, dbias = kernels_for(dout).linear_backward(dout, x, self.weight.data)
         self.weight.grad += dweight
         if self.bias:
@@ -140,12 +140,12 @@ class GlobalAvgPool2d(Module):
     def forward(self, x):
         if x.ndim != 4:
             raise ValueError(f"GlobalAvgPool2d expects (N, H, W, C), got {x.shape}")
-        self._keep(x.shape)
+        self._keep(x.shape, x.dtype)
         return kernels_for(x).global_avg_pool2d_forward(x)
 
     def backward(self, dout):
-        (x_shape,) = self._take_cache()
-        _check_dout(self, dout, (x_shape[0], x_shape[3]))
+        x_shape, dtype = self._take_cache()
+        _check_dout(self, dout, (x_shape[0], x_shape[3]), dtype)
         return kernels_for(dout).global_avg_pool2d_backward(dout, x_shape)
 
 
@@ -175,7 +175,7 @@ class MaxPool2d(Module):
 
     def backward(self, dout):
         x, out = self._take_cache()
-        _check_dout(self, dout, out.shape)
+        _check_dout(self, dout, out.shape, x.dtype)
         return kernels_for(dout).max_pool2d_backward(dout, x, out, (self.kernel_size, self.kernel_size), self.stride)
 
 
@@ -202,8 +202,10 @@ class BatchNorm2d(Module):
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, *, relu=False):
         _check_integers("BatchNorm2d", num_features=num_features)
-        if not (eps >= 0 and 0 <= momentum <= 1):
-            raise ValueError(f"BatchNorm2d: eps must be at least 0 and momentum from 0 to 1, got {eps} and {momentum}")
+        if not (np.float32(eps) > 0 and 0 <= momentum <= 1):  # else a constant channel would be 0 / 0
+            raise ValueError(
+                f"BatchNorm2d: eps must be above 0 in float32 and momentum from 0 to 1, got {eps} and {momentum}"
+            )
         self.num_features, self.eps, self.momentum, self.relu = num_features, float(eps), float(momentum), relu
         self.weight = Parameter(np.ones(num_features, np.float32))
         self.bias = Parameter(np.zeros(num_features, np.float32))
@@ -233,7 +235,7 @@ class BatchNorm2d(Module):
 
     def backward(self, dout):
         x, out, mean, var, has_residual = self._take_cache()
-        _check_dout(self, dout, x.shape)
+        _check_dout(self, dout, x.shape, x.dtype)
         kernels = kernels_for(dout)
         dout, dweight, dbias = kernels.batch_norm_add_relu_backward_sums(dout, x, out, mean, var, self.eps)
         dx = kernels.batch_norm_backward(dout, x, self.weight.data, mean, var, self.eps, dweight, dbias)
@@ -262,12 +264,12 @@ class Bias2d(Module):
         _check_images(self, x, self.num_features)
         _check_residual(self, x, residual)
         out = kernels_for(x).add_and_relu(x + self.bias.data.astype(x.dtype), residual, self.relu)
-        self._keep(x.shape, out if self.relu else None, residual is not None)
+        self._keep(x.shape, x.dtype, out if self.relu else None, residual is not None)
         return out
 
     def backward(self, dout):
-        x_shape, out, has_residual = self._take_cache()
-        _check_dout(self, dout, x_shape)
+        x_shape, dtype, out, has_residual = self._take_cache()
+        _check_dout(self, dout, x_shape, dtype)
         kernels = kernels_for(dout)
         dx = kernels.relu_backward(dout, out) if self.relu else dout
         self.bias.grad += kernels.sum_over_rows(dx)
@@ -318,7 +320,7 @@ class Conv2d(Module):
 
     def backward(self, dout, need_dx=True):
         x, out_shape = self._take_cache()
-        _check_dout(self, dout, out_shape)
+        _check_dout(self, dout, out_shape, x.dtype)
         dx, dweight, dbias = kernels_for(dout).conv2d_backward(
             dout, x, self.weight.data, self.stride, self.padding, need_dx, need_dbias=self.bias is not None
         )
@@ -354,10 +356,15 @@ def _check_residual(layer, x, residual):
         )
 
 
-def _check_dout(layer, dout, out_shape):
+def _check_dout(layer, dout, out_shape, out_dtype):
     if dout.shape != out_shape:
         raise ValueError(
             f"{type(layer).__name__}.backward expects the gradient of its output, {out_shape}, got {dout.shape}"
+        )
+    if dout.dtype != out_dtype and (out_dtype, dout.dtype) not in kernels_for(dout).MIXED_DTYPES:
+        raise ValueError(
+            f"{type(layer).__name__}.backward expects the gradient in the dtype of its output, {out_dtype}, "
+            f"got {dout.dtype}"
         )
 
 

@@ -35,8 +35,10 @@ class SoftmaxCrossEntropy:
             )
         if labels.dtype.kind not in "iu":
             raise ValueError(f"SoftmaxCrossEntropy expects labels that are integers, got {labels.dtype}")
+        if not len(labels):
+            raise ValueError(f"SoftmaxCrossEntropy expects at least one image, got logits {logits.shape}")
         on_host = array_module(labels) is np
-        if on_host and labels.size and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        if on_host and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
             raise ValueError(
                 f"SoftmaxCrossEntropy expects labels from 0 to {logits.shape[1] - 1}, "
                 f"got {labels.min()} to {labels.max()}"

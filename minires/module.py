@@ -13,6 +13,7 @@ from minires.backend import array_module, to_device, to_numpy
 
 # PyTorch counts a BatchNorm's batches in its state; nothing is computed from the count, and both sides do without it.
 UNUSED_IN_PYTORCH_STATE = "num_batches_tracked"
+TAKEN = "taken"  # a cache that backward has taken and dropped
 
 
 class Buffer:
@@ -80,6 +81,9 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def __call__(self, *inputs):
+        for x in inputs:
+            if isinstance(x, list | tuple):
+                raise TypeError(f"{type(self).__name__} expects an array, got a {type(x).__name__}: np.array makes one")
         return self.forward(*inputs)
 
     def _keep(self, *cache):
@@ -88,9 +92,14 @@ class Module:
 
     def _take_cache(self):
         """Return what forward kept, and drop it."""
+        if self._cache is TAKEN:
+            raise RuntimeError(
+                f"{type(self).__name__}.backward: called twice after one forward; a layer that a network uses twice "
+                "has to be two layers, as each keeps what one backward needs"
+            )
         if self._cache is None:
             raise RuntimeError(f"{type(self).__name__}.backward: call forward in training mode first")
-        cache, self._cache = self._cache, None
+        cache, self._cache = self._cache, TAKEN
         return cache
 
     def attributes(self, kind):
@@ -161,7 +170,7 @@ class Module:
 
         Nothing is changed unless everything fits. Values are converted to the dtype and moved to the device in use.
 
-        Raises      ValueError that lists every name that is missing, unexpected or of the wrong shape
+        Raises      ValueError that lists every name that is missing, unexpected, of the wrong shape or no real numbers
         """
         state = {name: np.asarray(array) for name, array in state.items()}
         own = dict(self.named_state())
@@ -171,6 +180,8 @@ class Module:
                 expected = tuple(own[name].data.shape[axis] for axis in own[name].torch_axes)
                 if array.shape != expected:
                     errors.append(f"{name} has shape {array.shape}, expected {expected}")
+                elif array.dtype.kind not in "fiub":
+                    errors.append(f"{name} has dtype {array.dtype}, expected real numbers, such as float32")
             elif name.rpartition(".")[2] != UNUSED_IN_PYTORCH_STATE:
                 errors.append(f"unexpected {name}")
         if errors:

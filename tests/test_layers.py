@@ -249,10 +249,25 @@ def test_convolution_sizes_that_are_none_are_named(arguments, message):
         (lambda: MaxPool2d((2, 2)), r"MaxPool2d: kernel_size must be an integer of at least 1, got \(2, 2\)"),
         (lambda: MaxPool2d(2, stride=0), "MaxPool2d: stride must be an integer of at least 1, got 0"),
         (lambda: BatchNorm2d(2.5), r"BatchNorm2d: num_features must be an integer of at least 1, got 2\.5"),
-        (lambda: BatchNorm2d(3, eps=-1), "eps must be at least 0 and momentum from 0 to 1, got -1 and 0.1"),
+        (lambda: BatchNorm2d(3, eps=-1), "eps must be above 0 in float32 and momentum from 0 to 1, got -1"),
+        (lambda: BatchNorm2d(3, eps=1e-46), "eps must be above 0 in float32 and momentum from 0 to 1, got 1e-46"),
         (lambda: BatchNorm2d(3, momentum=2), "got 1e-05 and 2"),
     ],
 )
 def test_other_sizes_that_are_none_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("size", [512, 2048])
+def test_the_average_of_a_large_constant_image_is_that_constant(size):
+    """A float32 sum of four million tenths has lost 4 %."""
+    x = np.full((1, size, size, 1), 0.1, np.float32)
+    np.testing.assert_array_equal(GlobalAvgPool2d()(x), np.float32([[0.1]]))
+
+
+@pytest.mark.parametrize("shape", [(10, 10, 10, 3), (128, 32, 32, 4), (1, 1000, 1, 2)])
+@pytest.mark.parametrize("value", [9876.5, 0.1, -1e5])
+def test_a_constant_channel_is_normalised_to_0(shape, value):
+    out = BatchNorm2d(shape[-1])(np.full(shape, value, np.float32))
+    assert abs(out).max() < 1e-6

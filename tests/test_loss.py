@@ -75,3 +75,8 @@ def test_a_dloss_of_numpy_does_not_promote():
 def test_label_smoothing_outside_its_range_is_refused():
     with pytest.raises(ValueError, match=r"label_smoothing must be from 0 to 1, got 1\.5"):
         SoftmaxCrossEntropy(1.5)
+
+
+def test_a_batch_without_images_is_named():
+    with pytest.raises(ValueError, match=r"expects at least one image, got logits \(0, 10\)"):
+        SoftmaxCrossEntropy()(np.zeros((0, 10), np.float32), np.zeros(0, int))

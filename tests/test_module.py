@@ -66,6 +66,11 @@ def test_one_forward_one_backward(rng, make, shape):
     x = rng.standard_normal(shape).astype(np.float32)
     dout = np.ones_like(layer(x))
     layer.backward(dout)
+    with pytest.raises(
+        RuntimeError, match="backward: called twice after one forward; a layer that"
+    ):
+        layer.backward(dout)
+    layer.train()
     with pytest.raises(RuntimeError, match="backward: call forward in training mode first"):
         layer.backward(dout)
     layer.eval()(x)
@@ -230,3 +235,31 @@ def test_to_keeps_the_parameters_and_replaces_their_arrays(strict_gpu):
 def test_parameters_in_16_bits_are_refused():
     with pytest.raises(ValueError, match="parameters are float32 or float64, got float16"):
         Linear(3, 2).to(dtype="float16")
+
+
+@each_layer
+def test_a_gradient_of_another_dtype_is_refused(rng, make, shape):
+    """A float64 convolution given a float32 gradient would compute in float32 without a word."""
+    layer = make(rng).to(dtype=np.float64)
+    dout = np.ones_like(layer(rng.standard_normal(shape)), np.float32)
+    with pytest.raises(
+        ValueError, match="gradient in the dtype of its output, float64, got float32"
+    ):
+        layer.backward(dout)
+
+
+def test_a_list_in_place_of_an_array_is_named():
+    with pytest.raises(TypeError, match=r"ReLU expects an array, got a list: np\.array makes one"):
+        ReLU()([[1.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    "array", [np.array([None, None, None]), np.zeros(3, complex), np.zeros(3, "V2"), np.array(["a", "b", "c"])]
+)
+def test_a_state_of_what_are_no_real_numbers_changes_nothing(array):
+    model = Linear(2, 3, rng=0)
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"bias has dtype .*, expected real numbers, such as float32"):
+        model.load_state_dict({"weight": np.zeros((3, 2)), "bias": array})
+    for name, kept in model.state_dict().items():
+        np.testing.assert_array_equal(kept, before[name])

@@ -48,7 +48,7 @@ def test_no_check_of_the_package_is_an_assert():
 
 
 @pytest.mark.parametrize("what", CHECKS)
-def test_under_python_O_it_is_refused(what, tmp_path):
+def test_it_is_refused_without_asserts_too(what, tmp_path):
     code = f"""
 import pathlib, sys, textwrap
 import numpy as np

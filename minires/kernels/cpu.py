@@ -112,6 +112,8 @@ def batch_norm_statistics(x):
 
     Why         A block of rows has a mean m_b of its own and a sum of squares around it, both found while the block is
                 in the cache. Around the mean of all rows, the block's sum of squares is larger by n_b (m_b - mean)^2.
+                A float32 sum of large numbers has lost digits, and with it the mean. What is left after subtracting
+                that mean is small: its own mean, the rest of m_b, is right, and a constant channel has variance 0.
 
     Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
                 variances"
@@ -121,11 +123,11 @@ def batch_norm_statistics(x):
 
     def statistics(block):
         n = rows[block].size // C
-        block_mean = unfold_sum(column_sums(rows[block]), C) / n  # (C,)
-        centred = scratch("block", rows[block].shape)
-        np.subtract(rows[block], along(rows, block_mean).astype(x.dtype), out=centred)
-        squares = np.multiply(centred, centred, out=centred)
-        return n, block_mean, unfold_sum(column_sums(squares), C)
+        about = (unfold_sum(column_sums(rows[block]), C) / n).astype(x.dtype)  # (C,)
+        centred = np.subtract(rows[block], along(rows, about), out=scratch("block", rows[block].shape))
+        rest = unfold_sum(column_sums(centred), C) / n  # (C,)
+        squares = unfold_sum(np.einsum("ij,ij->j", centred, centred), C)
+        return n, about + rest, squares - n * rest**2
 
     counts, means, squares = zip(*run(statistics, blocks(*rows.shape)), strict=True)
     counts, means, squares = np.array(counts)[:, None], np.stack(means), np.stack(squares)  # (blocks, C), float64

@@ -132,7 +132,7 @@ __global__ void average_pool(const T* x, T* out, int N, int pixels, int C) {
     const int i = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= N * C) return;
     const T* from = x + (long long)(i / C) * pixels * C + i % C;
-    float sum[V] = {};
+    double sum[V] = {};
     for (int pixel = 0; pixel < pixels; ++pixel) {
         const Pack<T, V> p = load<V>(from + (long long)pixel * C);
         for (int v = 0; v < V; ++v) sum[v] += float(p.item[v]);

@@ -123,7 +123,7 @@ def global_avg_pool2d_forward(x):
 
     Shapes      x (N, H, W, C)  ->  out (N, C)
     """
-    return x.mean(axis=(1, 2))
+    return x.mean(axis=(1, 2), dtype="float64").astype(x.dtype)  # in float32 a large image would lose digits
 
 
 def global_avg_pool2d_backward(dout, x_shape):
