@@ -99,6 +99,14 @@ def batches(xp):
     return BATCHES if xp is strict_array else BATCHES + LARGE_BATCHES
 
 
+def test_a_constant_channel_has_no_variance(xp):
+    """With a mean that is off by its last bit, numbers near 10,000 would be normalised to 0.3."""
+    x = np.tile(np.linspace(9876, 9877, 40, dtype=np.float32), (2, 10, 7, 1))
+    mean, var = call(xp, gpu.batch_norm_statistics, x, dtype="float32")
+    np.testing.assert_array_equal(mean, x[0, 0, 0])
+    np.testing.assert_array_equal(var, 0)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_batch_norm(xp, rng, dtype, with_residual, relu):

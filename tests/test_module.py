@@ -66,9 +66,7 @@ def test_one_forward_one_backward(rng, make, shape):
     x = rng.standard_normal(shape).astype(np.float32)
     dout = np.ones_like(layer(x))
     layer.backward(dout)
-    with pytest.raises(
-        RuntimeError, match="backward: called twice after one forward; a layer that"
-    ):
+    with pytest.raises(RuntimeError, match="backward: called twice after one forward; a layer that"):
         layer.backward(dout)
     layer.train()
     with pytest.raises(RuntimeError, match="backward: call forward in training mode first"):
@@ -242,9 +240,7 @@ def test_a_gradient_of_another_dtype_is_refused(rng, make, shape):
     """A float64 convolution given a float32 gradient would compute in float32 without a word."""
     layer = make(rng).to(dtype=np.float64)
     dout = np.ones_like(layer(rng.standard_normal(shape)), np.float32)
-    with pytest.raises(
-        ValueError, match="gradient in the dtype of its output, float64, got float32"
-    ):
+    with pytest.raises(ValueError, match="gradient in the dtype of its output, float64, got float32"):
         layer.backward(dout)
 
 

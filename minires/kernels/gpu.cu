@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(256) batch_norm_moments(const T* x, float* par
     Pack<T, V> p[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) p[i] = load<V>(x + (long long)min(row + i * step, M - 1) * C + c);
-    float mean[V] = {}, squares[V] = {};
+    float mean[V] = {}, rest[V] = {}, squares[V] = {};
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
         for (int v = 0; v < V; ++v) mean[v] += row + i * step < M ? float(p[i].item[v]) : 0.f;
@@ -273,13 +273,15 @@ __global__ void __launch_bounds__(256) batch_norm_moments(const T* x, float* par
     for (int i = 0; i < ROWS; ++i)
         for (int v = 0; v < V; ++v) {
             const float centred = row + i * step < M ? float(p[i].item[v]) - mean[v] : 0.f;
+            rest[v] += centred;
             squares[v] += centred * centred;
         }
+    sum_over_block(rest, shared);  // what rounding has left of the mean: 0 but for large numbers close together
     sum_over_block(squares, shared);
     if (threadIdx.y == 0)
         for (int v = 0; v < V; ++v) {
-            partial[(blockIdx.x * 2LL + 0) * C + c + v] = mean[v];
-            partial[(blockIdx.x * 2LL + 1) * C + c + v] = squares[v];
+            partial[(blockIdx.x * 2LL + 0) * C + c + v] = mean[v] + rest[v] * share;
+            partial[(blockIdx.x * 2LL + 1) * C + c + v] = squares[v] - rest[v] * rest[v] * share;
         }
 }
 
