@@ -161,19 +161,9 @@ class Run:
         self._signals = self._held.enter_context(interrupts())
 
         self.sums = xp.zeros(2, xp.float64)  # of losses and of right answers, in the current epoch
-        epoch_seconds = seconds = 0.0
+        self._started = self._epoch_started = self._saved_at = time.monotonic()
         if self._checkpoint:
-            state, position = self._checkpoint
-            restore_training_state(model, optimizer, average, state)
-            self.best, self.history, self.step = part_of(state, "best."), position["history"], position["step"]
-            self.seen, self.sums[0], self.sums[1] = position["seen"], position["loss_sum"], position["correct"]
-            self.optimizer.lr = position.get("lr", self.optimizer.lr)
-            epoch_seconds, seconds = position["epoch_seconds"], position["seconds"]
-            if self.best:  # the files may be ahead of the checkpoint
-                write_state(self.folder / WEIGHTS, self.best, best_row_of(self.history) | metadata_of(model))
-            self._write_log()
-        now = time.monotonic()
-        self._started, self._epoch_started, self._saved_at = now - seconds, now - epoch_seconds, now
+            self._restore(*self._checkpoint)
         self._saved, self._drawn_at = (self.step, len(self.history)), -math.inf
 
     def epochs(self):
@@ -306,6 +296,23 @@ class Run:
         except FloatingPointError as error:
             raise self._not_finite(error, self.step) from error
         self._saved, self._saved_at = (self.step, len(self.history)), time.monotonic()
+
+    def _restore(self, state, position):
+        """Put everything where a checkpoint was written; the files beside it may be ahead of it."""
+        restore_training_state(self.model, self.optimizer, self.average, state)
+        self.best, self.history, self.step = part_of(state, "best."), position["history"], position["step"]
+        if not 0 <= self.step - len(self.history) * self.steps_per_epoch <= self.steps_per_epoch:
+            raise UsageError(
+                f"the run in {self.folder} has done {self.step} steps in {len(self.history)} epochs and a part, which "
+                f"have not {self.steps_per_epoch} steps each: resume it with the data and batches that it began with"
+            )
+        self.seen, self.sums[0], self.sums[1] = position["seen"], position["loss_sum"], position["correct"]
+        self.optimizer.lr = position.get("lr", self.optimizer.lr)
+        self._started -= position["seconds"]
+        self._epoch_started -= position["epoch_seconds"]
+        if self.best:
+            write_state(self.folder / WEIGHTS, self.best, best_row_of(self.history) | metadata_of(self.model))
+        self._write_log()
 
     def _end_step(self, progress):
         self.step += 1
