@@ -27,10 +27,11 @@ import sys
 
 import numpy as np
 
+from minires.console import note
 from minires.training import UsageError
 from minires.training.arguments import at_least, folder
 from minires.training.folder import RESULT, SETTINGS, read_settings
-from minires.training.output import draw, note
+from minires.training.output import draw
 from minires.training.script import run_script
 from minires.training.signals import ending_signals
 from minires.training.storage import write_atomically

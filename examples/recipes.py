@@ -5,11 +5,11 @@ import argparse
 import minires
 from minires import kernels
 from minires.backend import gpu_library
+from minires.console import note
 from minires.kernels import gpu
 from minires.training import UsageError
 from minires.training.arguments import at_least, data_folder, folder, not_negative, positive, probability
 from minires.training.folder import SETTINGS
-from minires.training.output import note
 
 SCHEDULES = {
     "constant": minires.constant,

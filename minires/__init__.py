@@ -52,12 +52,3 @@ __all__ = [  # noqa: RUF022
     "predict_logits",
     "cifar10",
 ]
-
-
-def __getattr__(name):
-    """Import cifar10 when it is first asked for: python -m minires.cifar10 must not find itself already there."""
-    if name == "cifar10":
-        import importlib
-
-        return importlib.import_module("minires.cifar10")
-    raise AttributeError(f"module 'minires' has no attribute {name!r}")

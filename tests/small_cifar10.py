@@ -13,7 +13,7 @@ import tracemalloc
 
 import numpy as np
 
-from minires import cifar10_files
+from minires.cifar10 import files as cifar10_files
 
 RECORDS = 2
 
@@ -83,7 +83,7 @@ def archives(files):
 
 
 def constants(files, packed):
-    """Return what cifar10_files would hold if CIFAR-10 were these files."""
+    """Return what minires.cifar10.files would hold if CIFAR-10 were these files."""
     return {
         "RECORDS": RECORDS,
         "SPACE": 100_000,

@@ -13,7 +13,7 @@ from minires.cifar10 import CLASSES, MEAN, STD, DataError
 def write_files(directory, records=2, change=None):
     """Write six small files of made-up images, after `change` has had its way with the first one's bytes."""
     rng = np.random.default_rng(0)
-    for name in cifar10.TRAIN_FILES + cifar10.TEST_FILES:
+    for name in cifar10.files.SHA256:
         data = rng.integers(0, 256, (records, 3073), dtype=np.uint8)
         data[:, 0] %= 10
         content = data.tobytes()
@@ -24,8 +24,8 @@ def write_files(directory, records=2, change=None):
 @pytest.fixture
 def two_records(monkeypatch):
     """Let files be of two images, and of any two."""
-    monkeypatch.setattr(cifar10, "RECORDS", 2)
-    monkeypatch.setattr(cifar10, "SHA256", {})
+    monkeypatch.setattr(cifar10.files, "RECORDS", 2)
+    monkeypatch.setattr(cifar10.files, "SHA256", dict.fromkeys(cifar10.files.SHA256))
 
 
 def test_a_record_by_hand(tmp_path, two_records):
@@ -125,7 +125,7 @@ def test_the_real_files_hold_what_is_known_of_them(real_data):
 
 def test_the_real_files_pass_for_right():
     try:
-        place = cifar10.verify(cifar10.default_directory())
+        place = cifar10.files.verify(cifar10.default_directory())
     except DataError as error:
         pytest.skip(str(error))
     assert place.name == "cifar-10-batches-bin"

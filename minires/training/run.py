@@ -31,6 +31,7 @@ import warnings
 import numpy as np
 
 from minires.backend import array_module
+from minires.console import command_line, note
 from minires.layers import Dropout
 from minires.training.checkpoint import (
     PREVIOUS,
@@ -54,7 +55,7 @@ from minires.training.folder import (
     write_json,
     write_log,
 )
-from minires.training.output import Progress, command_line, draw, note, print_row, say
+from minires.training.output import Progress, draw, print_row, say
 from minires.training.signals import interrupts
 from minires.training.storage import CheckpointError, remove_parts
 from minires.training.weights import WEIGHTS, metadata_of, save_weights, write_state

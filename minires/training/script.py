@@ -9,8 +9,9 @@ import warnings
 
 from minires import cifar10, kernels
 from minires.backend import GPUError
+from minires.console import command_line, note
 from minires.training.folder import SETTINGS, UsageError
-from minires.training.output import BROKEN_PIPE, command_line, drop_output, note, output_works
+from minires.training.output import BROKEN_PIPE, drop_output, output_works
 from minires.training.storage import CheckpointError
 
 

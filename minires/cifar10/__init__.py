@@ -1,36 +1,22 @@
 """CIFAR-10 in its official binary files: 50,000 training and 10,000 test images, 32x32 pixels, ten classes.
 
-A file is a row of records of 3,073 bytes: the label, then the 1,024 red, 1,024 green and 1,024 blue values of the
-image, row by row from the top left. A small sample of the same images comes with the package.
-
-    python -m minires.cifar10 download [DIR]     bring the files into DIR, by default ~/.cache/minires
-    python -m minires.cifar10 verify [DIR]       tell whether the files there are right, byte for byte
+    data = cifar10.load_sample()                 1,000 and 500 of them, which come with the package
+    data = cifar10.load()                        all, from the default folder
+    python -m minires.cifar10 download           bring them there
 
 Source      Krizhevsky 2009, "Learning multiple layers of features from tiny images"; the format is described at
             https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
-import argparse
 import os
 import pathlib
-import sys
 from typing import NamedTuple
 
 import numpy as np
 
-from minires.archives import DataError
-from minires.cifar10_files import (
-    RECORDS,
-    SHA256,
-    TEST_FILES,
-    TRAIN_FILES,
-    check_folder,
-    download,
-    find,
-    read_records,
-    verify,
-)
-from minires.download import DownloadError
+from minires.cifar10 import files
+from minires.cifar10.download import DownloadError  # noqa: F401  (part of what this package offers)
+from minires.cifar10.files import DataError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -40,7 +26,7 @@ STD = (0.24703223, 0.24348513, 0.26158784)
 
 
 class Dataset(NamedTuple):
-    """Images (N, 32, 32, 3) uint8, red, green, blue from 0 to 255; labels (N,) int64, places in CLASSES."""
+    """Images (N, 32, 32, 3) uint8, red, green, blue from 0 to 255; labels (N,) int64, positions in CLASSES."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -59,16 +45,16 @@ def load(directory=None, or_download=False):
                 read, or has the wrong size, a label above 9 or another SHA-256 than the official one; DownloadError
     """
     folder = pathlib.Path(directory or default_directory())
-    place = find(folder)
+    place = files.find(folder)
     if not directory and not place:
         if not or_download:
             raise DataError(
                 f"no CIFAR-10 in {folder}. Three ways out: python -m minires.cifar10 download brings it there, --data "
                 "DIR (or MINIRES_DATA) names the folder that has it, and --data sample takes the built-in sample"
             )
-        place = download(folder)
-    check_folder(place or folder)
-    return _read_files(place or folder, TRAIN_FILES, RECORDS, TEST_FILES, RECORDS, SHA256)
+        place = files.download(folder)
+    files.check_folder(place or folder)
+    return _dataset(place or folder, files.SHA256, files.RECORDS, files.RECORDS)
 
 
 def load_sample():
@@ -76,12 +62,37 @@ def load_sample():
 
     Returns     a Dataset of 1,000 and 500 images, in the order of the official files
     """
-    return _read_files(pathlib.Path(__file__).parent / "sample", TRAIN_FILES[:1], 1_000, TEST_FILES, 500, {})
+    names = dict.fromkeys(["data_batch_1.bin", files.TEST_FILE])
+    return _dataset(pathlib.Path(__file__).parent / "sample", names, 1_000, 500)
+
+
+def _dataset(folder, sha256, train_records, test_records):
+    """Read the files of the given names, each with its SHA-256 or None; the test images are in the last one."""
+    *train, test = (
+        files.read_records(folder / name, test_records if name == files.TEST_FILE else train_records, digest)
+        for name, digest in sha256.items()
+    )
+    return Dataset(*_images_and_labels(np.concatenate(train)), *_images_and_labels(test))
+
+
+def _images_and_labels(records):
+    """Take records apart: the label, then 1,024 red, 1,024 green and 1,024 blue values, row by row from the top left.
+
+    Shapes      records (N, 3073) uint8  ->  images (N, 32, 32, 3) uint8, labels (N,) int64
+    """
+    planes = records[:, 1:].reshape(-1, 3, 32, 32)
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int64)
 
 
 def default_directory():
-    """Return the folder where the data is looked for: $MINIRES_DATA, or else ~/.cache/minires."""
-    return pathlib.Path(os.environ.get("MINIRES_DATA") or pathlib.Path.home() / ".cache" / "minires")
+    """Return the folder where the data is looked for: $MINIRES_DATA, or else ~/.cache/minires.
+
+    Raises      DataError where there is neither the one nor a home folder
+    """
+    try:
+        return pathlib.Path(os.environ.get("MINIRES_DATA") or "~/.cache/minires").expanduser()
+    except RuntimeError:
+        raise DataError("there is no home folder here, where CIFAR-10 would be: let MINIRES_DATA name one") from None
 
 
 def statistics(images):
@@ -100,10 +111,10 @@ def statistics(images):
 
 
 def split(count, fraction=0.2, seed=0):
-    """Divide the numbers 0 to count - 1 at random into two parts, for training and for validation.
+    """Divide the indices 0 to count - 1 at random into two parts, for training and for validation.
 
     Args        fraction: the part for validation, rounded to whole images; seed: the same seed, the same split
-    Returns     two arrays of numbers, in random order
+    Returns     two arrays of indices, in random order
     Raises      ValueError for a fraction that leaves one of the parts empty
     """
     validation = round(count * fraction)
@@ -111,43 +122,3 @@ def split(count, fraction=0.2, seed=0):
         raise ValueError(f"split: fraction {fraction} of {count} images leaves one of the two parts empty")
     order = np.random.default_rng(seed).permutation(count)
     return order[validation:], order[:validation]
-
-
-def _read_files(directory, train_files, train_records, test_files, test_records, sha256):
-    train = [_read(directory / name, train_records, sha256.get(name)) for name in train_files]
-    test = [_read(directory / name, test_records, sha256.get(name)) for name in test_files]
-    return Dataset(*map(np.concatenate, zip(*train, strict=True)), *map(np.concatenate, zip(*test, strict=True)))
-
-
-def _read(path, count, sha256):
-    """Read one file of `count` records into images (count, 32, 32, 3) uint8 and labels (count,) int64."""
-    records = read_records(path, count, sha256)
-    planes = records[:, 1:].reshape(count, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int64)
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m minires.cifar10", description="Download CIFAR-10, or verify it.", allow_abbrev=False
-    )
-    parser.add_argument("command", choices=["download", "verify"])
-    parser.add_argument("directory", nargs="?", metavar="DIR", help="default $MINIRES_DATA or ~/.cache/minires")
-    parser.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
-    args = parser.parse_intermixed_args(arguments)  # the other one takes DIR for given once it meets an option
-    command = {"download": download, "verify": verify}[args.command]
-    try:
-        place = command(args.directory or default_directory())
-        print(f"{place}: the six files are right, byte for byte")
-        return 0
-    except (DataError, DownloadError) as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, DataError) else 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with what has arrived", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

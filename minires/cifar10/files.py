@@ -1,6 +1,8 @@
 """The six official files of CIFAR-10: whether they are right, and how they get to where they belong.
 
 Whatever way the bytes came, a file counts as right when it has the SHA-256 of the official one, and for nothing else.
+An archive is not even opened before its own SHA-256 is right: tar archives can write outside their folder, and the
+Python archive holds pickles, which are programs.
 
 Source      https://www.cs.toronto.edu/~kriz/cifar.html
 """
@@ -9,17 +11,18 @@ import errno
 import hashlib
 import os
 import pathlib
+import pickle
 import shutil
 import stat
+import tarfile
 import urllib.parse
 
 import numpy as np
 
-from minires.archives import DataError, read_archive
-from minires.download import DownloadError, Source, fetch, lock, parts, say, sha256_of
+from minires.cifar10.download import DownloadError, Source, fetch, lock, sha256_of
+from minires.console import command_line, note
 
-TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-TEST_FILES = ("test_batch.bin",)
+TEST_FILE = "test_batch.bin"
 FOLDER = "cifar-10-batches-bin"  # what the official archive unpacks to
 RECORDS = 10_000  # in each official file
 RECORD_BYTES = 1 + 3 * 32 * 32
@@ -51,6 +54,10 @@ SPACE = 360_000_000  # bytes for an archive and the six files
 NO_FAULT_OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
+class DataError(ValueError):
+    """The data cannot be used; the message names the file, what was found and what was expected."""
+
+
 def find(folder):
     """Return the folder of the files, the given one or the official archive's in it; None where there are no files.
 
@@ -58,27 +65,38 @@ def find(folder):
     A folder that cannot be entered counts as found, so that whoever reads the files gets to say why it cannot be.
     """
     folder = pathlib.Path(folder)
-    places = [place for place in (folder, folder / FOLDER) if _exists(place / TEST_FILES[0])]
+    places = [place for place in (folder, folder / FOLDER) if _exists(place / TEST_FILE)]
     return max(places, key=lambda place: sum(_exists(place / name) for name in SHA256), default=None)
+
+
+def _exists(path):
+    try:
+        os.stat(path)
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError | NotADirectoryError)
+    return True
 
 
 def check_folder(folder):
     """Raise one DataError for a folder that holds no file at all, because it is none or may not be entered."""
+    target = "DIR"
     try:
-        status = os.stat(os.path.join(folder, os.curdir))  # the dot asks for the right to enter, too
-        fault = None if stat.S_ISDIR(status.st_mode) else "is no folder"
+        os.listdir(os.path.join(folder, os.curdir))  # the dot asks for the right to enter, too
+        return
     except FileNotFoundError:
-        fault = "does not exist"
+        fault, target = "does not exist", folder
     except NotADirectoryError:
         fault = "is no folder"
     except OSError as error:
         fault = f"cannot be entered: {error.strerror}"
-    if fault:
-        target = folder if fault == "does not exist" else "DIR"
-        raise DataError(
-            f"{folder} {fault}, expected the folder with the six files of CIFAR-10: name another one, or bring them by "
-            f"python -m minires.cifar10 download {target}"
-        )
+    raise DataError(
+        f"{folder} {fault}, expected the folder with the six files of CIFAR-10: name another one, or bring them by "
+        + download_command(target)
+    )
+
+
+def download_command(folder):
+    return command_line(["python", "-m", "minires.cifar10", "download", folder])
 
 
 def read_records(path, count, sha256=None):
@@ -90,76 +108,8 @@ def read_records(path, count, sha256=None):
     """
     records, fault = _read(path, count, sha256)
     if fault:
-        remedy = f"; python -m minires.cifar10 download {path.parent} puts it right" if sha256 else ""
-        raise DataError(f"{path} {fault}{remedy}")
+        raise DataError(f"{path} {fault}" + (f"; {download_command(path.parent)} puts it right" if sha256 else ""))
     return records
-
-
-def verify(folder):
-    """Compare the six files in a folder with their SHA-256.
-
-    Returns     the folder that has them, the given one or the official archive's in it
-    Raises      DataError that names each wrong file and its fault, or the folder where there can be no files
-    """
-    place = find(folder) or pathlib.Path(folder)
-    check_folder(place)
-    faults = [f"{name} {fault}" for name in SHA256 if (fault := _read(place / name, RECORDS, SHA256[name])[1])]
-    if faults:
-        raise DataError(f"{place}: {'; '.join(faults)}; python -m minires.cifar10 download {folder} puts it right")
-    return place
-
-
-def download(folder, **options):
-    """Bring the six files into a folder, each of them right or not there.
-
-    An archive that lies in the folder, brought there by hand, is used; else one is downloaded. Files that are right
-    stay as they are. The others are written beside their places and moved there when all six are right, the test images
-    last: `find` takes these for the sign that there is a data set. Once all six are right, what earlier attempts have
-    left is deleted. A second process waits for the first.
-
-    Args        options: timeout, pauses and slowest of `minires.download.fetch`
-    Returns     the folder that has them, the given one or the official archive's in it
-    Raises      DataError for a folder that cannot be used or an archive with anything wrong in it; DownloadError
-    """
-    folder = pathlib.Path(folder)
-    place, wanted = _place_and_wanted(folder)
-    if not wanted and not _left_over(folder, place):
-        return place
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / ".minires.lock"):
-            place, wanted = _place_and_wanted(folder)  # again, for the process that had the lock may have brought them
-            if wanted:
-                _bring(wanted, place, folder, options)
-            for path in _left_over(folder, place):
-                path.unlink()
-        return place
-    except DownloadError as error:
-        raise DownloadError(
-            f"CIFAR-10 could not be downloaded ({error}). By hand: get {' or '.join(ARCHIVES)} from "
-            f"https://www.cs.toronto.edu/~kriz/cifar.html on any machine, put it into {folder} as it is, and run "
-            f"python -m minires.cifar10 download {folder}"
-        ) from None
-    except OSError as error:
-        if not wanted:  # files that are right need no folder that can be written
-            return place
-        raise (DownloadError if error.errno in NO_FAULT_OF_THE_USER else DataError)(
-            f"{error.filename or folder}: {error.strerror or error}; CIFAR-10 needs a folder that can be read and "
-            f"written, with {SPACE / 1e6:.0f} MB free; for another one: python -m minires.cifar10 download DIR"
-        ) from error
-
-
-def _place_and_wanted(folder):
-    """Return where the files belong, in the folder or a level further down, and the names of those not right there."""
-    flat = folder.name == FOLDER or any(_exists(folder / name) for name in SHA256)
-    place = find(folder) or (folder if flat else folder / FOLDER)
-    return place, [name for name in SHA256 if _read(place / name, RECORDS, SHA256[name])[1]]
-
-
-def _left_over(folder, place):
-    """Return the unfinished archives and files of earlier attempts that are there."""
-    paths = [path for name in ARCHIVES for path in parts(name, folder)] + [place / f"{name}.part" for name in SHA256]
-    return [path for path in paths if path.is_file()]
 
 
 def _read(path, count, sha256):
@@ -186,8 +136,75 @@ def _read(path, count, sha256):
     return records, None
 
 
-def _bring(wanted, place, folder, options):
-    """Put the wanted files in their place, from an archive in the folder or else from the internet."""
+def verify(folder):
+    """Compare the six files in a folder with their SHA-256.
+
+    Returns     the folder that has them, the given one or the official archive's in it
+    Raises      DataError that names each wrong file and its fault, or the folder where there can be no files
+    """
+    place = find(folder) or pathlib.Path(folder)
+    check_folder(place)
+    faults = [f"{name} {fault}" for name in SHA256 if (fault := _read(place / name, RECORDS, SHA256[name])[1])]
+    if faults:
+        raise DataError(f"{place}: {'; '.join(faults)}; {download_command(folder)} puts it right")
+    return place
+
+
+def download(folder, **options):
+    """Bring the six files into a folder, each of them right or not there.
+
+    An archive that lies in the folder, brought there by hand, is used; else one is downloaded. Files that are right
+    stay as they are. The others are written beside their places and moved there when all six are right, the test images
+    last: `find` takes these for the sign that there is a data set. Once all six are right, what earlier attempts have
+    left is deleted. A second process waits for the first.
+
+    Args        options: timeout, pauses and slowest of `download.fetch`
+    Returns     the folder that has them, the given one or the official archive's in it
+    Raises      DataError for a folder that cannot be used or an archive that is not the official one; DownloadError
+    """
+    folder = pathlib.Path(folder)
+    place, wanted = _place_and_wanted(folder)
+    if not wanted and not _left_over(folder, place):
+        return place
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder / ".minires.lock"):
+            place, wanted = _place_and_wanted(folder)  # again, for the process that had the lock may have brought them
+            if wanted:
+                _unpack(_archive_by_hand(folder) or _archive_from_the_internet(folder, place, options), wanted, place)
+            for path in _left_over(folder, place):
+                path.unlink()
+        return place
+    except DownloadError as error:
+        raise DownloadError(
+            f"CIFAR-10 could not be downloaded ({error}). By hand: get {' or '.join(ARCHIVES)} from "
+            f"https://www.cs.toronto.edu/~kriz/cifar.html on any machine, put it into {folder} as it is, and run "
+            + download_command(folder)
+        ) from None
+    except OSError as error:
+        if not wanted:  # files that are right need no folder that can be written
+            return place
+        raise (DownloadError if error.errno in NO_FAULT_OF_THE_USER else DataError)(
+            f"{error.filename or folder}: {error.strerror or error}; CIFAR-10 needs a folder that can be read and "
+            f"written, with {SPACE / 1e6:.0f} MB free; for another one: {download_command('DIR')}"
+        ) from error
+
+
+def _place_and_wanted(folder):
+    """Return where the files belong, in the folder or a level further down, and the names of those not right there."""
+    flat = folder.name == FOLDER or any(_exists(folder / name) for name in SHA256)
+    place = find(folder) or (folder if flat else folder / FOLDER)
+    return place, [name for name in SHA256 if _read(place / name, RECORDS, SHA256[name])[1]]
+
+
+def _left_over(folder, place):
+    """Return the unfinished archives and files of earlier attempts that are there."""
+    paths = [folder / f"{name}.part" for name in ARCHIVES] + [place / f"{name}.part" for name in SHA256]
+    return [path for path in paths if path.is_file()]
+
+
+def _archive_by_hand(folder):
+    """Return the path of an archive in the folder, whose SHA-256 is right; None if there is none."""
     for name, (size, sha256) in ARCHIVES.items():
         archive = folder / name
         if archive.exists():
@@ -196,48 +213,17 @@ def _bring(wanted, place, folder, options):
                 raise DataError(f"{archive} has {found:,} bytes, expected {size:,}: get it again, or delete it")
             if sha256_of(archive) != sha256:
                 raise DataError(f"{archive} is damaged, its SHA-256 is wrong: get it again, or delete it")
-            return _unpack(archive, wanted, place)
+            return archive
+    return None
 
+
+def _archive_from_the_internet(folder, place, options):
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in _left_over(folder, place))
     if free < SPACE:
         raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free", str(folder))
     sources = _sources()
-    say(f"CIFAR-10 is not in {folder}: downloading it")
-    while True:
-        archive = fetch(sources, folder, **options)
-        try:
-            _unpack(archive, wanted, place)
-            break
-        except DataError as error:
-            archive.unlink()
-            sources = [source for source in sources if f"{source.name}.part" != archive.name]
-            if not sources:
-                raise
-            say(f"{error}; going on with the other archive")
-
-
-def _unpack(archive, wanted, place):
-    """Write the wanted files of an archive, first beside their places; none is moved there before all six are right."""
-    place.mkdir(exist_ok=True)
-    begun = {name: place / f"{name}.part" for name in wanted}
-    try:
-        found = set()
-        for name, content in read_archive(archive, SHA256, RECORDS):
-            if hashlib.sha256(content).hexdigest() != SHA256[name]:
-                raise DataError(f"{archive}: its {name} is not the one of CIFAR-10, the SHA-256 is wrong")
-            found.add(name)
-            if name in begun:
-                with open(begun[name], "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-        if lacking := sorted(SHA256.keys() - found):
-            raise DataError(f"{archive} lacks {', '.join(lacking)}")
-        for name in wanted:
-            os.replace(begun[name], place / name)
-    finally:
-        for path in begun.values():
-            path.unlink(missing_ok=True)
+    note(f"CIFAR-10 is not in {folder}: downloading it")
+    return fetch(sources, folder, **options)
 
 
 def _sources():
@@ -254,11 +240,42 @@ def _sources():
     return sources
 
 
-def _exists(path):
+def _unpack(archive, wanted, place):
+    """Write the wanted files of an archive, first beside their places; none is moved there before all six are right."""
+    place.mkdir(exist_ok=True)
+    begun = {name: place / f"{name}.part" for name in wanted}
     try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
+        right = set()
+        for name, content in read_archive(archive):
+            if hashlib.sha256(content).hexdigest() != SHA256[name]:
+                raise DataError(f"{archive}: its {name} is not the one of CIFAR-10, the SHA-256 is wrong")
+            right.add(name)
+            if name in begun:
+                with open(begun[name], "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+        if lacking := sorted(SHA256.keys() - right):
+            raise DataError(f"{archive} lacks {', '.join(lacking)}")
+        for name in wanted:
+            os.replace(begun[name], place / name)
+    finally:
+        for path in begun.values():
+            path.unlink(missing_ok=True)
+
+
+def read_archive(archive):
+    """Yield (name, content) of each of the six files in an archive, in the form of the binary files.
+
+    Only for an archive whose SHA-256 is right: a pickle is run here. Members are found by the last part of their name,
+    and written nowhere.
+    """
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = pathlib.PurePosixPath(member.name).name
+            if name in SHA256:
+                yield name, tar.extractfile(member).read()
+            elif f"{name}.bin" in SHA256:  # of the Python archive
+                batch = pickle.loads(tar.extractfile(member).read(), encoding="latin1")
+                labels = np.array(batch["labels"], np.uint8)[:, None]  # (RECORDS, 1)
+                yield f"{name}.bin", np.concatenate([labels, batch["data"]], axis=1).tobytes()

@@ -12,8 +12,8 @@ import pytest
 import small_cifar10 as small
 from small_cifar10 import Server, good, part_of_it, status
 
-from minires import download
-from minires.download import DownloadError, Source, fetch, lock
+from minires.cifar10 import download
+from minires.cifar10.download import DownloadError, Source, fetch, lock
 
 BODY = np.random.default_rng(1).bytes(20_000)
 QUICK = {"timeout": 0.2, "pauses": (0, 0), "slowest": 0}
@@ -178,7 +178,6 @@ def test_what_a_wrong_mirror_has_sent_does_not_spoil_the_next(tmp_path):
         (small.login_page, "ended the connection after 20 of 20,000 bytes"),
         (small.too_much, "sends more than the expected 20,000 bytes"),
         (small.too_much_of_the_rest, "sends more than the expected 20,000 bytes"),
-        (lambda handler, body: small.no_ranges(handler, bytes(len(body))), "sent 20,000 bytes with a wrong SHA-256"),
     ],
 )
 def test_an_address_that_cannot_go_on_leaves_what_has_come(tmp_path, manner, reason):
@@ -193,34 +192,6 @@ def test_an_address_that_cannot_go_on_leaves_what_has_come(tmp_path, manner, rea
         path = fetch([source(bad), source(whole)], tmp_path, **QUICK)
     assert path.read_bytes() == BODY
     assert whole.requests == [("/file", "bytes=15000-")]
-
-
-def test_a_second_beginning_counts_once_it_is_longer(tmp_path):
-    (tmp_path / "file.part").write_bytes(b"wrong" * 1000)
-    with Server({"file": BODY}, [small.start_of_it(0.9)]) as server, pytest.raises(DownloadError):
-        fetch([source(server)], tmp_path, **QUICK)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file.part": BODY[:18_000]}
-
-
-@pytest.mark.parametrize(("second", "asked"), [(3_000, "bytes=9000-"), (12_000, "bytes=12000-")])
-def test_of_what_a_killed_process_leaves_the_longer_is_continued(tmp_path, second, asked):
-    (tmp_path / "file.second.part").write_bytes(BODY[:second])
-    assert fetched(tmp_path, good, begun=BODY[:9_000]) == (BODY, [asked])
-
-
-@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_whatever_ends_a_second_beginning_the_longer_is_kept(tmp_path, monkeypatch, end):
-    blocks = [10_000, 4_000]
-
-    def read(response, timeout):
-        if not blocks:
-            raise end
-        return response.read(blocks.pop(0))
-
-    monkeypatch.setattr(download, "_read", read)
-    with pytest.raises((OSError, KeyboardInterrupt)):
-        fetched(tmp_path, small.no_ranges, begun=BODY[:12_000])
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file.part": BODY[:14_000]}
 
 
 def test_every_address_has_its_reason(tmp_path):
@@ -244,7 +215,7 @@ def test_a_full_disk_is_the_disks_fault(tmp_path, monkeypatch, after):
 
     real_open = open
     monkeypatch.setattr(
-        download, "open", lambda path, mode: (FullDisk if mode == "wb" else real_open)(path, mode), False
+        download, "open", lambda path, mode: (FullDisk if mode == "ab" else real_open)(path, mode), False
     )
     with pytest.raises(OSError, match="No space left on device"):
         fetched(tmp_path, good)
