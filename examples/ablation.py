@@ -7,7 +7,7 @@
 
 All other options go to train_cifar.py, for every variant that does not set them itself. Each run has a folder of its
 own, OUT/VARIANT/seed-N. A run that is there is not made again: the study can be stopped at any time (after Ctrl-C and
-SIGTERM the run at hand writes a checkpoint) and goes on with the same command, and with more seeds or variants it takes
+SIGTERM the current run writes a checkpoint) and resumed by the same command, and with more seeds or variants it takes
 over what it has. OUT/table.md and, with matplotlib, OUT/ablation.png are made anew after each run, of all the runs of
 the study that are there.
 
@@ -26,12 +26,17 @@ import subprocess
 import sys
 
 import numpy as np
-from recipes import FREE_IN_A_RESUMED_RUN, RECIPES, at_least, read_config
-from recipes import parse_arguments as train_arguments
-from run_folder import UsageError, ending_signals, run
 
-from minires import plots
-from minires.checkpoint import write_atomically
+from minires.training import UsageError
+from minires.training.arguments import at_least, folder
+from minires.training.folder import RESULT, SETTINGS, read_settings
+from minires.training.output import draw, note
+from minires.training.script import run_script
+from minires.training.signals import ending_signals
+from minires.training.storage import write_atomically
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
+import recipes
 
 TRAIN = pathlib.Path(__file__).parent / "train_cifar.py"
 FAST = ["--recipe", "fast", "--no-full-train"]  # a fifth of the training images is kept for validation
@@ -40,7 +45,7 @@ STUDIES = {
     "report": {  # the story of the report's method section, one step away from its network and its recipe
         "report": [],
         "blocks 1 1 1 1": ["--blocks", "1", "1", "1", "1"],
-        "plain, without sums": ["--no-shortcut"],
+        "plain, without shortcuts": ["--no-shortcut"],
         "no BatchNorm": ["--no-batch-norm"],
         "no dropout": ["--dropout", "0"],
         "no augmentation": ["--crop", "0", "--flip", "none"],
@@ -65,7 +70,7 @@ STUDIES = {
         "no average": [*FAST, "--ema", "0"],
         "dropout 0.5": [*FAST, "--dropout", "0.5"],
     },
-    "recipes": {name: ["--recipe", name, "--tta"] for name in RECIPES},
+    "recipes": {name: ["--recipe", name, "--tta"] for name in recipes.RECIPES},
 }
 COLUMNS = ("validation_accuracy", "validation_loss", "test_accuracy", "test_accuracy_tta", "test_loss", "seconds")
 
@@ -80,7 +85,7 @@ def parse_arguments():
     names = "; ".join(f"{study}: {', '.join(map(repr, variants))}" for study, variants in STUDIES.items())
     add("--variants", nargs="+", metavar="NAME", help=f"only these of the study; {names}")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="runs of each variant, with seeds from 0; default 3")
-    add("--out", type=pathlib.Path, metavar="DIR", help="the folder of the study, default runs/ablation-STUDY")
+    add("--out", type=folder, metavar="DIR", help="the folder of the study, default runs/ablation-STUDY")
     args, args.shared = parser.parse_known_args()
     unknown = [name for name in args.variants or [] if name not in STUDIES[args.study]]
     if unknown:
@@ -98,17 +103,17 @@ def main():
     args = parse_arguments()
     runs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants or STUDIES[args.study]]
     for variant, seed in runs:  # once each variant, then each again
-        train_arguments(options_of(args, variant, seed))
+        recipes.parse_arguments(options_of(args, variant, seed))
     complete_runs(args)  # what train_cifar.py or an earlier run does not agree with is told before anything begins
     failed = False
     for i, (variant, seed) in enumerate(runs, start=1):
-        if not (folder_of(args, variant, seed) / "result.json").exists():
+        if not (folder_of(args, variant, seed) / RESULT).exists():
             print(f"run {i} of {len(runs)}: {variant}, seed {seed}", flush=True)
             code = train(args, variant, seed)
             if code > 1:
                 return code
             if code == 1:  # a loss that is not finite says something about the variant: the others go on
-                print(f"{variant}, seed {seed}, did not end well, and is left out of the table", file=sys.stderr)
+                note(f"{variant}, seed {seed}, did not end well, and is left out of the table")
                 failed = True
         write_table(args)
     print((args.out / "table.md").read_text("utf-8"), end="")
@@ -139,19 +144,21 @@ def complete_runs(args):
     for variant in STUDIES[args.study]:
         for seed in seeds_of(args, variant):
             folder = folder_of(args, variant, seed)
-            if (folder / "config.json").exists():
-                check_settings(folder, train_arguments(options_of(args, variant, seed))[0])
-                if (folder / "result.json").exists():
+            if (folder / SETTINGS).exists():
+                check_settings(folder, recipes.parse_arguments(options_of(args, variant, seed))[0])
+                if (folder / RESULT).exists():
                     complete.setdefault(variant, []).append(folder)
     return complete
 
 
 def check_settings(folder, asked):
-    config = read_config(folder)
+    config = recipes.checked(read_settings(folder), folder)
     different = [
         f"--{name.replace('_', '-')} is {config.get(name)} there and {value} now"
         for name, value in vars(asked).items()
-        if name not in FREE_IN_A_RESUMED_RUN and value != config.get(name) and (name, value) != ("precision", None)
+        if name not in recipes.FREE_IN_A_RESUMED_RUN
+        and value != config.get(name)
+        and (name, value) != ("precision", None)
     ]
     if "sample" in (asked.data, config.get("data")) and asked.data != config.get("data"):  # any folder holds the same
         different.append(f"--data is {config.get('data')} there and {asked.data} now")
@@ -160,15 +167,15 @@ def check_settings(folder, asked):
 
 
 def train(args, variant, seed):
-    """Make a run; one that was cut off goes on. Return its exit code."""
+    """Make a run; one that was cut off is resumed. Return its exit code."""
     folder, options = folder_of(args, variant, seed), options_of(args, variant, seed)
-    if not (folder / "config.json").exists():
+    if not (folder / SETTINGS).exists():
         return call([sys.executable, TRAIN, *options, "--out", folder])
-    _, given = train_arguments(options)
+    _, given = recipes.parse_arguments(options)
     free = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in given.items()
-        if name in FREE_IN_A_RESUMED_RUN
+        if name in recipes.FREE_IN_A_RESUMED_RUN
     ]
     return call([sys.executable, TRAIN, "--resume", folder, *free])
 
@@ -207,7 +214,7 @@ def result_of(folder):
 
     Raises      UsageError for a file that is damaged
     """
-    path = folder / "result.json"
+    path = folder / RESULT
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -222,7 +229,7 @@ def write_table(args):
     rows = []
     for variant, folders in complete_runs(args).items():
         results = [result_of(folder) for folder in folders]
-        parameters = read_config(folders[0]).get("parameters", 0)
+        parameters = read_settings(folders[0]).get("parameters", 0)
         rows.append((variant, parameters, {name: [result.get(name) for result in results] for name in COLUMNS}))
     lines = [
         "| variant | parameters | runs | validation accuracy | validation loss | test accuracy | with mirror images "
@@ -241,12 +248,8 @@ def write_table(args):
         lines.append(f"| {name} | {parameters:,} | {len(results['seconds'])} | " + " | ".join(cells) + " |")
     write_atomically(args.out / "table.md", ("\n".join(lines) + "\n").encode())
     part = "test" if args.study == "recipes" else "validation"
-    try:
-        accuracies = {name: [100 * value for value in results[f"{part}_accuracy"]] for name, _, results in rows}
-        plots.plot_runs(accuracies, f"{part} accuracy, %", args.out / "ablation.png")
-    except ImportError as error:
-        if getattr(error, "name", None) != "matplotlib":
-            print(f"no picture {args.out / 'ablation.png'}: {error}", file=sys.stderr)
+    accuracies = {name: [100 * value for value in results[f"{part}_accuracy"]] for name, _, results in rows}
+    draw("plot_runs", accuracies, f"{part} accuracy, %", args.out / "ablation.png")
 
 
 def spread(values, scale, unit, digits=2):
@@ -259,4 +262,4 @@ def spread(values, scale, unit, digits=2):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import importlib.util
 import multiprocessing
+import pathlib
 import platform
 import signal
 import statistics
@@ -25,14 +26,17 @@ import sys
 import time
 
 import numpy as np
-import run_folder
-from recipes import LOSS_SCALE, PRECISIONS, at_least
 
 import minires
 from minires.backend import gpu_library
 from minires.kernels import gpu, num_threads
 from minires.kernels.threads import run
 from minires.summary import output_shapes, parts_first
+from minires.training.arguments import at_least
+from minires.training.script import run_script
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
+from recipes import LOSS_SCALE, PRECISIONS
 
 WARMUP = 2  # steps that are not timed
 GPU_WARMUP = 8  # PyTorch tries its algorithms out in the first steps
@@ -561,4 +565,4 @@ def seconds(function):
 
 
 if __name__ == "__main__":
-    run_folder.run(main)
+    run_script(main)

@@ -7,17 +7,15 @@ The checkpoint is a safetensors file of minires, or one that PyTorch wrote from 
 
 import argparse
 import pathlib
-import warnings
-
-import numpy as np
-from recipes import data_folder
-from run_folder import load_data, run
 
 from minires import cifar10
 from minires.backend import choose_device
-from minires.checkpoint import CheckpointError, load_model
-from minires.evaluate import confusion_matrix, predict_logits
+from minires.evaluation import confusion_matrix
 from minires.loss import SoftmaxCrossEntropy
+from minires.training import load_model
+from minires.training.arguments import data_folder, read_data
+from minires.training.script import run_script
+from minires.training.weights import logits_of
 
 
 def main():
@@ -34,7 +32,7 @@ def main():
 
     device = choose_device(args.device)
     model, _ = load_model(args.checkpoint)
-    data = load_data(args.data)
+    data = read_data(args.data)
     images, labels = (data.test_images, data.test_labels) if args.part == "test" else data[:2]
 
     logits = logits_of(model.to(device), images, args.checkpoint, args.tta)
@@ -49,25 +47,5 @@ def main():
     return 0
 
 
-def logits_of(model, images, checkpoint, tta=False):
-    """Run images through a network that a checkpoint holds.
-
-    Shapes      images (N, 32, 32, 3) uint8  ->  logits (N, 10)
-    Raises      CheckpointError for a network that tells other classes apart, or whose numbers run out of range
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what is not finite is told below, in one line
-        logits = predict_logits(model, images, cifar10.MEAN, cifar10.STD, tta=tta)
-    if logits.shape[1] != len(cifar10.CLASSES):
-        raise CheckpointError(f"{checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10: name another one")
-    if not np.isfinite(logits).all():
-        wrong = np.count_nonzero(~np.isfinite(logits).all(axis=1))
-        raise CheckpointError(
-            f"{checkpoint} gives logits that are not finite for {wrong:,} of {len(images):,} images: "
-            "its weights are too large to compute with, name another one"
-        )
-    return logits
-
-
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

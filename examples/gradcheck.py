@@ -8,7 +8,6 @@ The relative error of each gradient is printed; above 1e-6 the check fails and s
 import argparse
 
 import numpy as np
-from run_folder import run
 
 from minires import (
     BasicBlock,
@@ -16,13 +15,16 @@ from minires import (
     Bias2d,
     Conv2d,
     Dropout,
+    Flatten,
     GlobalAvgPool2d,
     Linear,
+    MaxPool2d,
     ReLU,
     ResNet,
     SoftmaxCrossEntropy,
     check_gradients,
 )
+from minires.training.script import run_script
 
 
 def main():
@@ -35,7 +37,10 @@ def main():
         ("ReLU", ReLU(), images),
         ("Dropout, p 0.3", Dropout(0.3, rng=rng), images),
         ("Linear", Linear(20, 10, rng=rng), rng.standard_normal((8, 20))),
+        ("Flatten", Flatten(), images),
         ("GlobalAvgPool2d", GlobalAvgPool2d(), images),
+        ("MaxPool2d 2x2", MaxPool2d(2), images),
+        ("MaxPool2d 3x3, stride 2", MaxPool2d(3, stride=2), images),
         ("BatchNorm2d", BatchNorm2d(6), images),
         ("BatchNorm2d with ReLU", BatchNorm2d(6, relu=True), images),
         ("Bias2d with ReLU", Bias2d(6, relu=True), images),
@@ -55,4 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -10,12 +10,12 @@ import argparse
 import pathlib
 
 import numpy as np
-from evaluate import logits_of
-from run_folder import run
 
 from minires import cifar10
 from minires.backend import choose_device
-from minires.checkpoint import load_model
+from minires.training import load_model
+from minires.training.script import run_script
+from minires.training.weights import logits_of
 
 TOP = 3
 
@@ -65,4 +65,4 @@ def read_image(path):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,16 +1,15 @@
-"""What can be asked of train_cifar.py: the recipes, their ingredients, and the flags of a run that goes on."""
+"""What can be asked of train_cifar.py: the recipes, their ingredients, and the flags of a run that is resumed."""
 
 import argparse
-import json
-import math
-import pathlib
-import re
-import sys
-
-from run_folder import UsageError
 
 import minires
-from minires.checkpoint import CheckpointError
+from minires import kernels
+from minires.backend import gpu_library
+from minires.kernels import gpu
+from minires.training import UsageError
+from minires.training.arguments import at_least, data_folder, folder, not_negative, positive, probability
+from minires.training.folder import SETTINGS
+from minires.training.output import note
 
 SCHEDULES = {
     "constant": minires.constant,
@@ -84,9 +83,8 @@ RECIPES = {
 }
 NO_AUGMENT = {"crop": 0, "flip": "none", "cutout": 0, "trivial_augment": False}
 MAY_BE_NONE = ("precision", "data", "limit_batches", "clip")
-POSITION = ("config", "history", "step", "seen", "loss_sum", "correct", "seconds", "epoch_seconds")  # in a checkpoint
 FREE_IN_A_RESUMED_RUN = ("device", "data", "checkpoint_every", "resume", "out", "debug")  # no result depends on them
-MAY_CHANGE_DIGITS = ("minires", "numpy", "kernels", "device")
+SETTINGS_OF_EVERY_RUN = ("seed", "blocks", "epochs", "batch_size")  # those of a run from before an ingredient was added
 
 
 def make_parser():
@@ -113,14 +111,22 @@ def make_parser():
         metavar="N",
         help="of weights, split, order, augmentation and dropout",
     )
-    add("--out", type=pathlib.Path, metavar="DIR", help="the run folder (default: runs/ and the time)")
+    add("--out", type=folder, metavar="DIR", help="the run folder (default: runs/ and the time)")
     add("--limit-batches", type=at_least(1), metavar="N", help="use only the first N batches of every pass, for a try")
     add("--blocks", type=at_least(1), nargs=4, default=[2, 1, 1, 1], metavar="N", help="of each stage, default 2 1 1 1")
-    add("--no-shortcut", action="store_true", help="the plain network, without the sums")
+    add(
+        "--channels",
+        type=at_least(1),
+        nargs=4,
+        default=[64, 128, 256, 512],
+        metavar="N",
+        help="of each stage, default 64 128 256 512; 8 16 32 64 trains 20 times as fast",
+    )
+    add("--no-shortcut", action="store_true", help="the plain network, without shortcuts")
     add("--no-batch-norm", action="store_true", help="the network without normalisation")
     add("--no-augment", action="store_true", help="no crop, flip, cutout and TrivialAugment but what is given")
     add("--checkpoint-every", type=not_negative, default=10, metavar="MINUTES", help="default 10; 0: after each step")
-    add("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="go on with a run, with the flags it was begun with")
+    add("--resume", type=folder, metavar="RUN_FOLDER", help="resume a run, with the flags it was begun with")
     add("--debug", action="store_true", help="errors with a traceback; on a GPU a look for NaN at each step")
     add("--recipe", choices=list(RECIPES), default="report", help="sets all that follows; default report")
 
@@ -173,45 +179,29 @@ def parse_arguments(argv=None):
     return args, given
 
 
-def data_folder(text):
-    """Return "sample", or a folder in a way that is right wherever a run goes on from."""
-    if not text:
-        raise argparse.ArgumentTypeError(
-            "expected sample or a folder, got an empty name; without --data the default is"
-        )
-    return text if text == "sample" else str(pathlib.Path(text).absolute())
+def choose_precision(args, device):
+    """Set how convolutions multiply in this process; the flag gets its default, for config.json.
 
+    A run that was begun on a GPU can be resumed on a CPU, in float32.
 
-def at_least(least, below=math.inf):
-    def whole_number(text):
-        if not re.fullmatch("-?[0-9]+", text) or not least <= int(text) < below:
-            limit = "" if below == math.inf else f" and below {below}"
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}, got {text}")
-        return int(text)
-
-    return whole_number
-
-
-def number(expected, valid):
-    def real_number(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not valid(value):
-            raise argparse.ArgumentTypeError(f"expected a number {expected}, got {text}")
-        return value
-
-    return real_number
-
-
-positive = number("above 0", lambda value: 0 < value < math.inf)
-not_negative = number("of at least 0", lambda value: 0 <= value < math.inf)
-probability = number("from 0 to below 1", lambda value: 0 <= value < 1)
+    Returns     the dtype of the images, the factor of the loss, whether steps are recorded
+    Raises      UsageError for a precision that needs tensor cores, where there are none
+    """
+    tensor_cores = device == "gpu" and kernels.chosen() == "fast" and gpu.is_for(gpu_library())
+    if args.precision is None:
+        args.precision = "float32" if not tensor_cores else "tf32" if args.recipe == "report" else "fp16"
+    if args.precision != "float32" and not tensor_cores and not args.resume:
+        raise UsageError(f"--precision {args.precision} needs a GPU and its fast kernels; without, it is float32")
+    if device == "gpu" and not tensor_cores:
+        note("note: the reference kernels serve this GPU; the fast ones need compute capability 8.0")
+    precision = args.precision if tensor_cores else "float32"
+    gpu.set_precision("float32" if precision == "float32" else "tf32")
+    recorded = args.graph and precision != "float32"  # cuBLAS, which strict float32 needs, cannot be
+    return PRECISIONS[precision], LOSS_SCALE if precision == "fp16" else 1.0, recorded
 
 
 def resumed(args, given, config):
-    """Return the flags of a run that goes on: those it was begun with, and the free ones as they are given now.
+    """Return the flags of a run that is resumed: those it was begun with, and the free ones as they are given now.
 
     Raises      UsageError if others are given, or if what the run says of its flags cannot be
     """
@@ -225,55 +215,27 @@ def resumed(args, given, config):
         different.append(f"--out is {args.resume} in the run and {given['out']} on the command line")
     if different:
         raise UsageError(f"the run in {args.resume} was begun otherwise: {'; '.join(different)}. Leave the flags out")
-    begun = {name: config[name] for name in vars(args) if name in config and name not in ("resume", "debug")}
+    begun = {name: config[name] for name in vars(args) if name not in ("resume", "debug")}
     return argparse.Namespace(**{**vars(args), **begun, **given, "out": args.resume})
-
-
-def read_config(folder):
-    """Return what config.json says of a run: the flags it was begun with, and what follows from them.
-
-    Raises      UsageError for a file that cannot be read or is damaged
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError(f"expected an object, got {str(config)[:40]}")
-        missing = [name for name in ("seed", "blocks", *RECIPES["report"]) if name not in config]
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing[:3])}" + (" and others" if missing[3:] else ""))
-        return config
-    except OSError as error:
-        raise UsageError(f"there is no run in {folder}, for {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged ({error}): start the run anew in another folder") from error
-
-
-def position_of(metadata, folder):
-    """Return what a checkpoint's metadata say of where the run was.
-
-    Raises      CheckpointError for the checkpoint of another program
-    """
-    missing = [name for name in POSITION if name not in metadata]
-    if missing or not isinstance(metadata["config"], dict) or not isinstance(metadata["history"], list):
-        raise CheckpointError(
-            f"the checkpoint in {folder} is not one of train_cifar.py: it lacks {', '.join(missing) or 'a position'}; "
-            "name the folder of such a run"
-        )
-    return metadata
 
 
 def checked(config, folder):
     """Return a run's settings, each flag among them as the command line would have it.
 
-    Raises      UsageError for values that no command line gives
+    Raises      UsageError for values that no command line gives, and for what are no settings of a run
     """
+    missing = [name for name in SETTINGS_OF_EVERY_RUN if name not in config]
+    if missing:
+        what = ", ".join(missing[:3]) + (" and others" if missing[3:] else "")
+        raise UsageError(f"{folder / SETTINGS} is damaged (it lacks {what}): start the run anew in another folder")
 
     def refuse(message):
         raise UsageError(f"the settings of the run in {folder} are damaged ({message}): start the run anew elsewhere")
 
     parser = make_parser()
     parser.error = refuse
+    parser.set_defaults(**RECIPES["report"])
+    config = vars(parser.parse_args([])) | config  # a run from before an ingredient was added has its default
     names = [name for name in vars(parser.parse_args([])) if name in config and name not in ("resume", "out", "debug")]
     flags = []
     for name in names:
@@ -287,11 +249,3 @@ def checked(config, folder):
         elif value is not None:
             flags.append(f"{flag}={value}")
     return config | {name: value for name, value in vars(parser.parse_args(flags)).items() if name in names}
-
-
-def print_changes(then, now):
-    """Say what has changed since a run began that may change the last digits."""
-    changed = [name for name in MAY_CHANGE_DIGITS if then.get(name) != now[name]]
-    if changed:
-        changes = "; ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in changed)
-        print(f"note: {changes}: last digits may differ from those of a run that never stopped", file=sys.stderr)

@@ -5,13 +5,16 @@ The names below are in reading order: each file uses only files that come before
 
 from minires import backend, rng, kernels  # noqa: I001  (reading order, not the alphabet's)
 from minires.module import Buffer, Module, Parameter, Sequential
-from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU
+from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, Flatten, GlobalAvgPool2d, Linear, MaxPool2d, ReLU
 from minires.loss import SoftmaxCrossEntropy
-from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle, triangular
 from minires.resnet import BasicBlock, ResNet
-from minires.summary import summary
 from minires.gradcheck import check_gradients
-from minires import augment, evaluate, checkpoint, finite
+from minires.optim import SGD, Adam, WeightAverage
+from minires.schedules import constant, cosine, one_cycle, triangular
+from minires.summary import summary
+from minires import augment
+from minires.batches import Batches
+from minires.evaluation import evaluate, predict_logits
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -24,12 +27,17 @@ __all__ = [  # noqa: RUF022
     "Sequential",
     "ReLU",
     "Dropout",
+    "Flatten",
     "Linear",
     "GlobalAvgPool2d",
+    "MaxPool2d",
     "BatchNorm2d",
     "Bias2d",
     "Conv2d",
     "SoftmaxCrossEntropy",
+    "BasicBlock",
+    "ResNet",
+    "check_gradients",
     "SGD",
     "Adam",
     "WeightAverage",
@@ -37,15 +45,12 @@ __all__ = [  # noqa: RUF022
     "cosine",
     "one_cycle",
     "triangular",
-    "BasicBlock",
-    "ResNet",
     "summary",
-    "check_gradients",
-    "cifar10",
     "augment",
+    "Batches",
     "evaluate",
-    "checkpoint",
-    "finite",
+    "predict_logits",
+    "cifar10",
 ]
 
 

@@ -1,4 +1,4 @@
-"""How weights move: SGD and Adam, an average of the weights, and the learning rate as a plain function of the step.
+"""How weights move: SGD, Adam, and an average of the weights.
 
     optimizer = Adam(model.parameters(), lr=1e-3)
     for step in range(total_steps):
@@ -285,46 +285,3 @@ def _check_range(optimizer, name, value, least, below):
 def _check_above_0(optimizer, name, value):
     if not value > 0:
         raise ValueError(f"{optimizer}: {name} must be above 0, got {value}")
-
-
-def constant(step, total_steps, lr):
-    """The same learning rate at every step."""
-    return lr
-
-
-def cosine(step, total_steps, lr, final_lr=0.0):
-    """Half a cosine, from lr at step 0 down to final_lr at step total_steps.
-
-    Source      Loshchilov and Hutter 2017, "SGDR", eq. 5, without restarts
-    """
-    return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * step / total_steps)) / 2
-
-
-def one_cycle(step, total_steps, lr, warmup=0.3, start_factor=1 / 25, final_factor=1 / 250_000):
-    """Up to lr in the first part of the run and down to almost nothing in the rest, each as half a cosine.
-
-    The peak is at step warmup total_steps - 1, the last value at step total_steps - 1.
-
-    Args        warmup: the part of the run that goes up, 0 to below 1; start_factor, final_factor: first and last rate
-                as parts of lr
-    Source      Smith and Topin 2018, "Super-convergence", in the form and with the defaults of PyTorch's OneCycleLR
-    """
-    peak = warmup * total_steps - 1
-    if step < peak:
-        return cosine(step, peak, start_factor * lr, lr)
-    return cosine(step - peak, total_steps - 1 - peak, lr, final_factor * lr)
-
-
-def triangular(step, total_steps, lr, warmup=0.2):
-    """Up to lr on a straight line in the first part of the run, and down to almost nothing on another in the rest.
-
-    The peak is at step warmup total_steps, rounded down; the lines meet 0 one step before the first and one after the
-    last.
-
-    Args        warmup: the part of the run that goes up, 0 to below 1
-    Source      Page 2018, "How to train your ResNet", whose 5 epochs of 24 give the default
-    """
-    peak = int(warmup * total_steps)
-    if step < peak:
-        return lr * ((step + 1) / (peak + 1))
-    return lr * ((total_steps - step) / (total_steps - peak))

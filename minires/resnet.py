@@ -25,8 +25,15 @@ class BasicBlock(Module):
     Where the block changes the shape, the input is brought to the new one by a 1x1 convolution with BatchNorm, the
     projection of the paper's option B.
 
+    Backward    dx = dF + dout, where dout is the gradient of the sum, and dF what F's backward makes of it
+
+    Why         x influences the loss in two ways, through F and through the shortcut, which carries dout as it is. So
+                through any number of blocks there is a way back from the loss on which no weight scales the gradient
+                (the ReLUs between blocks only set some of it to 0), and deep networks train. Without the shortcut,
+                every block on the way multiplies the gradient by its weights.
+
     Shapes      x (N, H, W, in_channels)  ->  out (N, H / stride, W / stride, out_channels), rounded up
-    Args        shortcut: False leaves out the sum, which gives the plain network that the paper compares with;
+    Args        shortcut: False leaves it out, which gives the plain network that the paper compares with;
                 batch_norm: False leaves only the biases of BatchNorm
     """
 
@@ -107,42 +114,3 @@ class ResNet(Sequential):
         for layer in reversed(rest):
             dout = layer.backward(dout)
         return first.backward(dout, need_dx)
-
-    @classmethod
-    def from_state_dict(cls, state, shortcut=None):
-        """Build the network that a state_dict was taken from, minires's or PyTorch's, with its values.
-
-        Blocks, channels and classes are read from the names and shapes; dropout leaves no trace in a state, so the
-        network gets the default. Shortcuts are seen by their projections, if shortcut is None; a network with a single
-        stage has none, and counts as residual then.
-
-        Raises      ValueError if this is not the state of a ResNet
-        """
-        blocks, channels = [], []
-        while f"layer{len(blocks) + 1}.0.conv1.weight" in state:
-            stage = f"layer{len(blocks) + 1}"
-            channels.append(state[f"{stage}.0.conv1.weight"].shape[0])
-            blocks.append(sum(name.startswith(f"{stage}.") and name.endswith(".conv1.weight") for name in state))
-        if not blocks or "linear.weight" not in state:
-            raise ValueError(
-                "this is not the state of a minires.ResNet: it has no layer1.0.conv1.weight or no linear.weight, but "
-                + (", ".join(list(state)[:5]) or "nothing")
-            )
-        num_classes = state["linear.weight"].shape[0]
-        widths = list(zip(channels, blocks, [channels[0], *channels], strict=False))
-        expected = {"conv1.weight": (channels[0], 3, 3, 3), "linear.weight": (num_classes, channels[-1])} | {
-            f"layer{i}.{j}.conv{k}.weight": (out, into if j == 0 and k == 1 else out, 3, 3)
-            for i, (out, count, into) in enumerate(widths, 1)
-            for j in range(count)
-            for k in (1, 2)
-        }
-        for name, shape in expected.items():  # before the network is built: a wrong number could ask for any memory
-            if name not in state or state[name].shape != shape or 0 in shape:
-                found = f"has shape {state[name].shape}" if name in state else "is missing"
-                raise ValueError(f"{name} {found}, expected {shape} and no 0")
-        if shortcut is None:
-            shortcut = len(blocks) == 1 or any(".shortcut." in name for name in state)
-        batch_norm = "bn1.running_mean" in state
-        model = cls(blocks, channels, num_classes, shortcut=shortcut, batch_norm=batch_norm)
-        model.load_state_dict(state)
-        return model

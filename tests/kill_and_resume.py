@@ -101,7 +101,7 @@ def one_trial(folder, number, seed, times, expected):
                 time.sleep(rng.uniform(0, 0.02))
             process.send_signal(number)
         code, out, err = finish(process)
-        steps += [int(line.split()[4]) for line in out.splitlines() if line.startswith("going on after step")]
+        steps += [int(line.split()[3]) for line in out.splitlines() if line.startswith("resuming after step")]
         if hits:
             codes.append(code)
             problem = None if code in (0, -number, 128 + number) else f"ended with {code}: {err}"

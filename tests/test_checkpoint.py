@@ -1,11 +1,14 @@
 """Weights go to disk and come back, and a file that cannot be used is named."""
 
+import json
+
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from minires import SGD, Adam, ResNet, WeightAverage, checkpoint
-from minires.checkpoint import CheckpointError, load_model, restore_training_state, save_weights, training_state
+from minires import SGD, Adam, ResNet, WeightAverage
+from minires.training import CheckpointError, load_model, save_weights, storage
+from minires.training.checkpoint import load_checkpoint, restore_training_state, save_checkpoint, training_state
 
 
 def test_weights_and_metadata_come_back(tmp_path, rng):
@@ -29,7 +32,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minires.checkpoint.os.fsync", full)
+    monkeypatch.setattr("minires.training.storage.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_weights(path, ResNet((1,), (4,), seed=2))
     assert path.read_bytes() == before
@@ -96,7 +99,7 @@ def test_weights_of_each_floating_type_and_pytorchs_counts_are_taken(tmp_path, d
 )
 def test_metadata_that_are_no_object_are_refused(tmp_path, text, message):
     path, state = tmp_path / "odd.safetensors", ResNet((1,), (4,)).state_dict()
-    safetensors.numpy.save_file(state, path, {"minires": text, "sha256": checkpoint._checksum(state, text)})
+    safetensors.numpy.save_file(state, path, {"minires": text, "sha256": storage._checksum(state, text)})
     with pytest.raises(CheckpointError, match=message):
         load_model(path)
 
@@ -170,3 +173,26 @@ def test_a_state_that_does_not_fit_is_refused_with_a_list():
         restore_training_state(large, adam(large), None, state)
     with pytest.raises(CheckpointError, match=r"does not fit this network: .*bn1\.weight has shape \(4,\)"):
         restore_training_state(large, plain(large), None, state)
+
+
+@pytest.mark.parametrize("order", [np.asfortranarray, lambda array: array.astype(array.dtype.newbyteorder(">"))])
+def test_arrays_in_another_order_of_axes_or_bytes_come_back(tmp_path, order):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_checkpoint(tmp_path, {"w": order(array), "count": np.asarray(3)}, {})
+    state, _ = load_checkpoint(tmp_path)
+    np.testing.assert_array_equal(state["w"], array)
+    assert state["count"].shape == ()
+
+
+def test_a_checkpoint_in_place_of_weights_names_the_file_that_has_them(tmp_path):
+    save_checkpoint(tmp_path, {"model.linear.weight": np.zeros((2, 3))}, {})
+    with pytest.raises(CheckpointError, match=r"is a checkpoint, .*: name the weights, best\.safetensors in the same"):
+        load_model(tmp_path / "checkpoint.safetensors")
+
+
+@pytest.mark.parametrize(("name", "bits"), [("F8_E4M3", 8), ("BF16", 16)])
+def test_numbers_that_numpy_does_not_have_are_named(tmp_path, name, bits):
+    header = json.dumps({"linear.weight": {"dtype": name, "shape": [4], "data_offsets": [0, bits // 2]}}).encode()
+    (tmp_path / "w").write_bytes(len(header).to_bytes(8, "little") + header + bytes(bits // 2))
+    with pytest.raises(CheckpointError, match=r"holds numbers that NumPy cannot read .*: save it in float32"):
+        load_model(tmp_path / "w")

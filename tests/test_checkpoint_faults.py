@@ -14,20 +14,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from minires import ResNet, checkpoint
-from minires.checkpoint import (
-    CHECKPOINT,
-    DAMAGED,
-    PART,
-    PREVIOUS,
-    CheckpointError,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-    save_weights,
-)
+from minires import ResNet
+from minires.training import CheckpointError, checkpoint, load_model, save_weights, storage
+from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
+from minires.training.storage import PART
 
-MUTATIONS = 10_000
+MUTATIONS = int(os.environ.get("MINIRES_TEST_MUTATIONS", "2000"))
 
 
 def numbered(number):
@@ -67,8 +59,8 @@ class Faults:
     def __init__(self, monkeypatch, at, fault):
         self.count, self.at, self.fault, self.names = 0, at, fault, []
         calls = {name: self.calling(name, getattr(os, name)) for name in ("fsync", "replace", "open", "close")}
-        monkeypatch.setattr(checkpoint, "os", types.SimpleNamespace(**{**vars(os), **calls}))
-        monkeypatch.setattr(checkpoint, "open", self.opening, raising=False)
+        monkeypatch.setattr(storage, "os", types.SimpleNamespace(**{**vars(os), **calls}))
+        monkeypatch.setattr(storage, "open", self.opening, raising=False)
 
     def calling(self, name, function):
         def call(*args):
@@ -132,7 +124,7 @@ def test_killed_at_each_system_call_of_a_save(tmp_path, monkeypatch):
             assert os.WIFSIGNALED(status) or (at == calls - 1 and "newest" in name)  # where there is one to keep less
             loaded = load_quietly(folder)
             assert same(loaded, number) or same(loaded, 3), f"{name}, killed at call {at}"
-            checkpoint.remove_parts(folder)
+            storage.remove_parts(folder)
             assert not list(folder.glob(f"*{PART}"))
             save(folder, 4)
             assert same(load_checkpoint(folder), 4)
@@ -220,12 +212,12 @@ def test_the_good_one_survives_the_saves_after_a_damaged_one(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     (tmp_path / CHECKPOINT).write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match=rf"kept as {DAMAGED}\); going on from .*{PREVIOUS}, the checkpoint before it"):
+    with pytest.warns(UserWarning, match=rf"kept as {DAMAGED}\); resuming from .*{PREVIOUS}, the checkpoint before it"):
         assert same(load_checkpoint(tmp_path), 1)
     save(tmp_path, 3)
     assert same(load_checkpoint(tmp_path), 3)
     (tmp_path / CHECKPOINT).unlink()
-    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors cannot be read: No such file.*; going on from"):
+    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors cannot be read: No such file.*; resuming from"):
         assert same(load_checkpoint(tmp_path), 1)
 
 
@@ -236,7 +228,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_pa
     def refuse(path, mode):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "open", refuse, raising=False)
+    monkeypatch.setattr(storage, "open", refuse, raising=False)
     with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors cannot be read: Permission denied"):
         load_checkpoint(tmp_path)
     assert not (tmp_path / DAMAGED).exists()
@@ -343,7 +335,7 @@ def mutated(data, rng):
     return bytes(data)
 
 
-def test_ten_thousand_mutations_of_a_checkpoint(tmp_path, rng):
+def test_thousands_of_mutations_of_a_checkpoint(tmp_path, rng):
     save(tmp_path, 1)
     data = (tmp_path / CHECKPOINT).read_bytes()
     for i in range(MUTATIONS):
@@ -398,7 +390,7 @@ def test_headers_that_lie_take_no_memory(tmp_path):
     code = """
 import pathlib, resource, sys
 from minires import ResNet
-from minires.checkpoint import CheckpointError, load_model, save_weights
+from minires.training import CheckpointError, load_model, save_weights
 save_weights("good", ResNet((1,), (4,)))
 load_model("good")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

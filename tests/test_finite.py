@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minires import Linear, ReLU, ResNet, Sequential, SoftmaxCrossEntropy
-from minires.finite import all_finite, first_not_finite
+from minires.training.finite import all_finite, first_not_finite
 
 
 def training_pass(model, x):

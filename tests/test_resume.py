@@ -1,11 +1,14 @@
 """A run that was stopped and goes on gives the same bits as one that never was, wherever it was stopped."""
 
+import concurrent.futures
 import csv
+import errno
 import json
 import os
 import pathlib
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -14,46 +17,52 @@ import warnings
 import numpy as np
 import pytest
 
-from minires import ResNet, evaluate, kernels
-from minires.checkpoint import (
-    CHECKPOINT,
-    DAMAGED,
-    PREVIOUS,
-    CheckpointError,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-    save_weights,
-)
+from minires import ResNet, evaluation, kernels
+from minires.training import CheckpointError, Interrupted, UsageError, load_model, output, storage
+from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
+from minires.training.folder import check_space, locked, new_folder
+from minires.training.script import explain
+from minires.training.signals import interrupts
+from minires.training.weights import save_weights
 
 train_cifar = pytest.importorskip("train_cifar")
-from run_folder import check_space, explain, run_folder  # noqa: E402  (what examples need may be missing)
+from test_examples import start as start_script  # noqa: E402  (what examples need may be missing)
 
 SCRIPT = pathlib.Path(train_cifar.__file__)
 EPOCHS, STEPS = 2, 3  # of a run, and of each epoch
-FLAGS = f"--data sample --epochs {EPOCHS} --batch-size 10 --limit-batches {STEPS} --device cpu --schedule one-cycle"
+FLAGS = (
+    f"--data sample --epochs {EPOCHS} --batch-size 10 --limit-batches {STEPS} --device cpu --schedule one-cycle "
+    "--channels 4 6 6 8"
+)
 
 
 @pytest.fixture(autouse=True)
-def small_network(monkeypatch):
-    monkeypatch.setattr(train_cifar.minires, "ResNet", SmallResNet)
-    monkeypatch.setattr(train_cifar, "draw", lambda *_: None)
+def no_pictures(monkeypatch):
+    without_pictures(monkeypatch)
     with warnings.catch_warnings():
         yield
 
 
-class SmallResNet(ResNet):
-    def __init__(self, blocks, channels=(4, 6, 6, 8), *args, **kwargs):
-        super().__init__(blocks, channels, *args, **kwargs)
+def without_pictures(monkeypatch):
+    for module in (train_cifar, sys.modules["minires.training.run"]):
+        monkeypatch.setattr(module, "draw", lambda *_: None)
+
+
+def code_of_main():
+    """Run the main of train_cifar.py in this process; return its exit code."""
+    try:
+        return train_cifar.main()
+    except Interrupted as end:
+        return end.code
 
 
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """Run train_cifar.py in this process; returns its exit code."""
 
-    def run(*args, folder="run"):
+    def run(*args):
         monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, args)])
-        return train_cifar.main()
+        return code_of_main()
 
     return run
 
@@ -73,8 +82,7 @@ def whole(tmp_path_factory):
     """What a run that nobody has stopped leaves."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(train_cifar.minires, "ResNet", SmallResNet)
-        patch.setattr(train_cifar, "draw", lambda *_: None)
+        without_pictures(patch)
         patch.setattr(sys, "argv", ["train_cifar.py", *FLAGS.split(), "--out", str(folder)])
         assert train_cifar.main() == 0
     return content(folder)
@@ -118,8 +126,8 @@ def stop_at_batch(monkeypatch, batch):
             os.kill(os.getpid(), signal.SIGTERM)
         return normalize(images, *args)
 
-    normalize = evaluate.normalize
-    monkeypatch.setattr(evaluate, "normalize", predict)
+    normalize = evaluation.normalize
+    monkeypatch.setattr(evaluation, "normalize", predict)
 
 
 @pytest.mark.parametrize("step", range(EPOCHS * STEPS))
@@ -128,10 +136,10 @@ def test_stopped_in_any_step(begin, go_on, whole, tmp_path, monkeypatch, capsys,
         stop_at_step(patch, step)
         assert begin() == 130
     out, _ = capsys.readouterr()
-    assert f"interrupted in epoch {step // STEPS + 1}, after step {step + 1} of 6; to go on from there:" in out
+    assert f"interrupted in epoch {step // STEPS + 1}, after step {step + 1} of 6; to resume:" in out
     assert load_checkpoint(tmp_path / "run")[1]["step"] == step + 1
     assert go_on() == 0
-    assert f"going on after step {step + 1} of 6" in capsys.readouterr().out
+    assert f"resuming after step {step + 1} of 6" in capsys.readouterr().out
     assert content(tmp_path / "run") == whole
 
 
@@ -218,14 +226,14 @@ def test_stopped_after_every_step(begin, go_on, whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("batch", range(EPOCHS + 1))
 def test_stopped_in_validation_or_in_the_test(begin, go_on, whole, tmp_path, monkeypatch, capsys, batch):
-    original = evaluate.predict_logits.__defaults__
-    monkeypatch.setattr(evaluate.predict_logits, "__defaults__", (10, *original[1:]))
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", (10, *original[1:]))  # three batches instead of one
+    original = evaluation.predict_logits.__defaults__
+    monkeypatch.setattr(evaluation.predict_logits, "__defaults__", (10, *original[1:]))
+    monkeypatch.setattr(evaluation.evaluate, "__defaults__", (10, *original[1:]))  # three batches instead of one
     with monkeypatch.context() as patch:
         stop_at_batch(patch, 3 * batch + 1)
         assert begin() == 143
     step = min(batch + 1, EPOCHS) * STEPS
-    assert f"after step {step} of 6; to go on from there:" in capsys.readouterr().out
+    assert f"after step {step} of 6; to resume:" in capsys.readouterr().out
     assert go_on() == 0
     expected, actual = whole, content(tmp_path / "run")
     assert actual[0].keys() == expected[0].keys()
@@ -269,7 +277,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(begin, go_on, whole, t
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors is damaged.*going on from .*previous\.safetensors"):
+    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors is damaged.*resuming from .*previous\.safetensors"):
         assert go_on() == 0
     assert (tmp_path / "run" / DAMAGED).read_bytes() == data
     assert content(tmp_path / "run") == whole
@@ -316,7 +324,7 @@ def stopped(begin, tmp_path, monkeypatch):
 
 def test_other_flags_are_refused_with_the_list_of_differences(stopped, go_on):
     flags = ["--lr", "0.1", "--epochs", "2", "--no-shortcut", "--out", "/elsewhere", "--blocks", "1", "1", "1", "1"]
-    with pytest.raises(train_cifar.UsageError) as caught:
+    with pytest.raises(UsageError) as caught:
         go_on(*flags)
     assert str(caught.value) == (
         f"the run in {stopped} was begun otherwise: "
@@ -328,7 +336,7 @@ def test_other_flags_are_refused_with_the_list_of_differences(stopped, go_on):
 
 
 def test_a_default_that_is_given_counts_as_given(stopped, go_on):
-    with pytest.raises(train_cifar.UsageError, match="--batch-size is 10 in the run and 128 on the command line"):
+    with pytest.raises(UsageError, match="--batch-size is 10 in the run and 128 on the command line"):
         go_on("--batch-size", "128")
 
 
@@ -341,29 +349,27 @@ def test_other_images_are_refused(stopped, go_on, monkeypatch):
     data = train_cifar.cifar10.load_sample()
     data.train_images[0, 0, 0, 0] ^= 1
     monkeypatch.setattr(train_cifar.cifar10, "load_sample", lambda: data)
-    with pytest.raises(train_cifar.UsageError, match=r"the images are not those that the run in .* began with"):
+    with pytest.raises(UsageError, match=r"the images are not those that the run in .* began with"):
         go_on()
 
 
 def test_a_run_folder_that_another_process_holds_is_refused(stopped, go_on):
-    with train_cifar.locked(stopped), pytest.raises(train_cifar.UsageError, match="is in use by another process"):
+    with locked(stopped), pytest.raises(UsageError, match="is in use by another process"):
         go_on()
 
 
 def test_a_folder_without_a_run_is_named(train, tmp_path):
-    with pytest.raises(
-        train_cifar.UsageError, match=f"there is no run in {tmp_path}, for .*config.json cannot be read"
-    ):
+    with pytest.raises(UsageError, match=f"there is no run in {tmp_path}, for .*config.json cannot be read"):
         train("--resume", tmp_path)
-    with pytest.raises(train_cifar.UsageError, match=r"there is no run in .*none: No such file"):
+    with pytest.raises(UsageError, match=r"there is no run in .*none: No such file"):
         train("--resume", tmp_path / "none")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(train_cifar.UsageError, match=r"config\.json is damaged .* start the run anew"):
+    with pytest.raises(UsageError, match=r"config\.json is damaged .* start the run anew"):
         train("--resume", tmp_path)
 
 
 def test_a_changed_version_is_told(stopped, go_on, monkeypatch, capsys):
-    monkeypatch.setattr(train_cifar.np, "__version__", "9.9")
+    monkeypatch.setattr(np, "__version__", "9.9")
     assert go_on() == 0
     assert f"note: numpy {np.version.version} then, 9.9 now: last digits may differ" in capsys.readouterr().err
 
@@ -391,7 +397,7 @@ def test_a_nan_in_the_weights_of_a_layer_is_reported_with_its_name(begin, tmp_pa
 
     model = []
     to = ResNet.to
-    monkeypatch.setattr(SmallResNet, "to", lambda self, device: model.append(self) or to(self, device))
+    monkeypatch.setattr(ResNet, "to", lambda self, device: model.append(self) or to(self, device))
     monkeypatch.setitem(train_cifar.SCHEDULES, "one-cycle", one_cycle)
     with pytest.raises(FloatingPointError) as caught:
         begin("--checkpoint-every", "0")
@@ -438,7 +444,7 @@ def test_a_state_that_is_not_finite_is_never_saved(begin, tmp_path, monkeypatch)
 
     model = []
     to = ResNet.to
-    monkeypatch.setattr(SmallResNet, "to", lambda self, device: model.append(self) or to(self, device))
+    monkeypatch.setattr(ResNet, "to", lambda self, device: model.append(self) or to(self, device))
     monkeypatch.setattr(train_cifar.minires.Linear, "backward", large)
     monkeypatch.setitem(train_cifar.SCHEDULES, "one-cycle", one_cycle)
     with pytest.raises(
@@ -456,7 +462,7 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer(begin, monkeypatch
         self.bn1.running_mean.data[:] = np.inf
         return to(self, device)
 
-    monkeypatch.setattr(SmallResNet, "to", poisoned)
+    monkeypatch.setattr(ResNet, "to", poisoned)
     with pytest.raises(
         FloatingPointError, match=r"the validation loss is nan: .* is in the output of bn1; there is no"
     ):
@@ -467,24 +473,22 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer(begin, monkeypatch
 
 
 def start(*args, **kwargs):
-    command = [sys.executable, SCRIPT, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return start_script(SCRIPT, *args, **kwargs)
 
 
 @pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_path, number, code):
-    flags = "--data sample --epochs 1 --batch-size 4 --limit-batches 20 --blocks 1 1 1 1 --device cpu"
-    process = start(*flags.split(), "--out", "my run", cwd=tmp_path)
-    process.stdout.readline()  # printed when the run begins
-    time.sleep(1)
+    process = start(*FLAGS.split(), "--epochs", "20", "--out", "my run", cwd=tmp_path)
+    for _ in range(3):  # it has begun; the table's header; the first epoch
+        process.stdout.readline()
     process.send_signal(number)
     if number == signal.SIGHUP:  # from the terminal and from the shell
         process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert err == "\nending after this step; Ctrl-C again ends at once, without saving\n"
-    assert "interrupted in epoch 1, after step" in out
+    assert "interrupted in epoch" in out
     command = shlex.split(out.splitlines()[-1])
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
@@ -492,8 +496,8 @@ def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_pa
 
 
 def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
-    flags = "--data sample --batch-size 60 --blocks 1 1 1 1 --device cpu --checkpoint-every 0"
-    process = start(*flags.split(), "--out", tmp_path / "run")
+    flags = ["--data", "sample", "--device", "cpu", "--batch-size", "60", "--checkpoint-every", "0"]
+    process = start(*flags, "--blocks", "1", "1", "1", "1", "--out", tmp_path / "run")
     while process.poll() is None and not (tmp_path / "run" / CHECKPOINT).exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -509,7 +513,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
     ("flags", "environment", "code", "line"),
     [
         (["--resume", "/nowhere"], {}, 2, "error: there is no run in /nowhere: No such file or directory"),
-        (["--data", "sample"], {"MINIRES_NUM_THREADS": "x"}, 2, "error: MINIRES_NUM_THREADS must be a whole number"),
+        (["--data", "sample"], {"MINIRES_NUM_THREADS": "x"}, 2, "error: MINIRES_NUM_THREADS must be an integer"),
         (["--data", "sample"], {"MINIRES_KERNELS": "x"}, 2, "error: MINIRES_KERNELS must be 'fast' or 'reference'"),
         (
             ["--data", "sample", "--out", "/dev/null/x"],
@@ -566,8 +570,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_checkpoint(tmp_path):
-    flags = "--data sample --epochs 3 --batch-size 4 --limit-batches 3 --blocks 1 1 1 1 --device cpu --out run"
-    process = start(*flags.split(), cwd=tmp_path)
+    process = start(*FLAGS.split(), "--epochs", "3", "--out", "run", cwd=tmp_path)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
@@ -588,8 +591,9 @@ def test_a_row_that_cannot_be_printed_does_not_lose_its_epoch(begin, go_on, whol
             patch.setattr(sys, "stdout", full)
             original(*args)
 
-        original = train_cifar.write_log
-        patch.setattr(train_cifar, "write_log", write_log)
+        run = sys.modules["minires.training.run"]
+        original = run.write_log
+        patch.setattr(run, "write_log", write_log)
         with pytest.warns(UserWarning, match="standard output: No space left on device; ending after this step"):
             assert begin() == 141
         patch.setattr(sys, "stdout", written)
@@ -601,7 +605,7 @@ def test_a_row_that_cannot_be_printed_does_not_lose_its_epoch(begin, go_on, whol
 def test_a_hangup_does_not_end_what_nohup_has_begun():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with train_cifar.interrupts() as interrupted:
+        with interrupts() as interrupted:
             os.kill(os.getpid(), signal.SIGHUP)
         assert interrupted == []
     finally:
@@ -625,9 +629,9 @@ def test_the_best_weights_and_what_is_said_of_them_are_the_same_in_a_run_that_wa
 
 
 def test_a_disk_without_room_for_a_run_is_told_before_it_begins(begin, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 100_000})
-    monkeypatch.setattr("run_folder.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(train_cifar.UsageError) as caught:
+    usage = type("Usage", (), {"free": 100_000, "total": 10**9})
+    monkeypatch.setattr("minires.training.folder.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UsageError) as caught:
         begin()
     message = str(caught.value)
     assert message.startswith(f"the disk of {tmp_path / 'run'} has 0 MB free, and the run needs 1 MB: make room, or ")
@@ -635,14 +639,14 @@ def test_a_disk_without_room_for_a_run_is_told_before_it_begins(begin, tmp_path,
 
 
 def test_the_room_that_a_run_needs_is_that_of_three_checkpoints_and_the_weights(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 0})
-    monkeypatch.setattr("run_folder.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(train_cifar.UsageError, match="has 0 MB free, and the run needs 261 MB"):
+    usage = type("Usage", (), {"free": 0, "total": 10**9})
+    monkeypatch.setattr("minires.training.folder.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match="has 0 MB free, and the run needs 261 MB"):
         check_space(tmp_path / "new" / "run", 80_000_000, 20_000_000)
     for name, size in ((CHECKPOINT, 80), (PREVIOUS, 80), ("best.safetensors", 20)):
         with open(tmp_path / name, "wb") as file:
             file.truncate(size * 1_000_000)
-    with pytest.raises(train_cifar.UsageError, match="has 0 MB free, and the run needs 81 MB"):
+    with pytest.raises(UsageError, match="has 0 MB free, and the run needs 81 MB"):
         check_space(tmp_path, 80_000_000, 20_000_000)
     usage.free = 82_000_000
     check_space(tmp_path, 80_000_000, 20_000_000)
@@ -653,7 +657,7 @@ def test_a_full_disk_names_the_folder_to_go_on_with(stopped):
     assert code == 1
     assert line == (
         f"{stopped / 'log.csv'}: No space left on device; what was there before is unharmed. Once the cause is mended, "
-        f"the run goes on with --resume {stopped}"
+        f"resume the run by --resume {stopped}"
     )
 
 
@@ -664,19 +668,17 @@ def test_folders_that_cannot_be_written_to_are_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr("run_folder.tempfile.TemporaryFile", refuse)
-        with pytest.raises(train_cifar.UsageError, match="out cannot be written to: Permission denied; name another"):
-            run_folder(tmp_path / "out")
+        patch.setattr("minires.training.folder.tempfile.TemporaryFile", refuse)
+        with pytest.raises(UsageError, match="out cannot be written to: Permission denied; name another"):
+            new_folder(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("run_folder.pathlib.Path.mkdir", refuse)
-        with pytest.raises(
-            train_cifar.UsageError, match=r"/runs/.* cannot be made: Permission denied; name a folder by"
-        ):
-            run_folder(None)
+        patch.setattr("minires.training.folder.pathlib.Path.mkdir", refuse)
+        with pytest.raises(UsageError, match=r"/runs/.* cannot be made: Permission denied; name a folder by"):
+            new_folder(None)
     (tmp_path / "runs").write_text("no folder")
-    with pytest.raises(train_cifar.UsageError, match=r"/runs/.* cannot be made: .*; name a folder by --out"):
-        run_folder(None)
+    with pytest.raises(UsageError, match=r"/runs/.* cannot be made: .*; name a folder by --out"):
+        new_folder(None)
 
 
 def test_a_relative_data_folder_is_kept_as_an_absolute_one(monkeypatch, tmp_path):
@@ -710,14 +712,14 @@ def test_data_that_have_gone_can_be_named_anew(stopped, go_on, train):
 )
 def test_settings_that_are_none_are_refused(train, tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(train_cifar.UsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         train("--resume", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("epochs", "x", "--epochs: expected a whole number of at least 1, got x"),
+        ("epochs", "x", "--epochs: expected an integer of at least 1, got x"),
         ("epochs", None, "--epochs is null"),
         ("epochs", True, "--epochs: expected one argument"),
         ("lr", -1, "--lr: expected a number above 0, got -1"),
@@ -732,7 +734,7 @@ def test_settings_that_cannot_be_are_refused(stopped, go_on, name, value, messag
     (stopped / CHECKPOINT).unlink()
     config = json.loads((stopped / "config.json").read_text())
     (stopped / "config.json").write_text(json.dumps(config | {name: value}))
-    with pytest.raises(train_cifar.UsageError) as caught:
+    with pytest.raises(UsageError) as caught:
         go_on()
     import re
 
@@ -743,7 +745,125 @@ def test_settings_that_cannot_be_are_refused(stopped, go_on, name, value, messag
 
 def test_a_checkpoint_of_another_program_is_refused(tmp_path, train):
     save_checkpoint(tmp_path, {"a": np.zeros(3)}, {"step": 500})
-    with pytest.raises(
-        CheckpointError, match=r"is not one of train_cifar\.py: it lacks config, history, seen, .*; name"
-    ):
+    with pytest.raises(CheckpointError, match=r"is not one of a Run: it lacks config, history, seen, .*; name"):
         train("--resume", tmp_path)
+
+
+# Niceties that end no run
+
+ONE_STEP = [*FLAGS.split(), "--epochs", "1", "--limit-batches", "1"]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nosuch"])
+def test_a_backend_of_matplotlib_that_is_not_there_ends_no_run(tmp_path, backend):
+    process = start(*ONE_STEP, "--out", tmp_path / "run", env=os.environ | {"MPLBACKEND": backend}, pictures=True)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_ends_no_run(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("minires.plots.plot_curves", fail)
+    output.draw("plot_curves", [], tmp_path / "curves.png")
+    assert capsys.readouterr().err == f"no picture {tmp_path / 'curves.png'}: no ink\n"
+
+
+def test_a_process_without_standard_error_trains(tmp_path):
+    command = [sys.executable, str(SCRIPT), *ONE_STEP, "--out", str(tmp_path / "run")]
+    done = subprocess.run(["sh", "-c", shlex.join(command) + " 2>&-"], stdout=subprocess.PIPE, timeout=100)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_signal_to_a_process_without_standard_error_is_written_into_no_file(tmp_path):
+    """The first file that such a process opens gets the number 2."""
+    code = """
+import os, signal, sys
+from minires.training.signals import interrupts
+from minires.training.weights import save_weights
+sys.stderr = None
+with interrupts() as arrived:
+    os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(arrived != [signal.SIGTERM])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_names_that_the_outputs_encoding_lacks_end_no_run(tmp_path, encoding):
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    process = start(*ONE_STEP, "--epochs", "50", "--out", "运行", cwd=tmp_path, env=env)
+    process.stdout.readline(), process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert r"\u8fd0\u884c" in out
+    code = "from minires.training.output import say; say('运行', [])"  # a loop of one's own
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, rb"\u8fd0\u884c")
+
+
+def test_a_log_that_another_program_holds_open_is_written_next_time(begin, tmp_path, monkeypatch):
+    original, calls = storage.os.replace, []
+
+    def replace(source, target):
+        if pathlib.Path(target).name == "log.csv":
+            calls.append(target)
+            if len(calls) == 1:
+                raise PermissionError(13, "The process cannot access the file", str(target))
+        return original(source, target)
+
+    monkeypatch.setattr(storage.os, "replace", replace)
+    with pytest.warns(UserWarning, match=r"log\.csv: The process cannot access the file; all rows are written next"):
+        assert begin() == 0
+    with open(tmp_path / "run" / "log.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_a_disk_that_does_not_tell_its_size_is_not_taken_for_full(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 0, "total": 0})
+    monkeypatch.setattr("minires.training.folder.shutil.disk_usage", lambda _: usage)
+    check_space(tmp_path, 80_000_000, 20_000_000)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_share_that_knows_no_fsync_of_folders_keeps_checkpoints(tmp_path, monkeypatch, number):
+    original = storage.os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        original(descriptor)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    save_checkpoint(tmp_path, {"a": np.zeros(3)}, {"step": 1})
+    assert load_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    args, _ = train_cifar.parse_arguments(["--out=~/a", "--data=~/d"])
+    assert (args.out, args.data) == (tmp_path / "a", str(tmp_path / "d"))
+
+
+def test_a_run_in_a_thread_trains(begin, whole, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(begin).result() == 0
+    assert content(tmp_path / "run") == whole
+
+
+def test_the_script_finds_its_recipes_wherever_python_looks(tmp_path):
+    args = [*ONE_STEP, "--help"]
+    for command, env in (
+        ([sys.executable, "-m", "examples.train_cifar"], {"PYTHONPATH": str(SCRIPT.parent.parent)}),
+        ([sys.executable, str(SCRIPT)], {"PYTHONSAFEPATH": "1"}),
+    ):
+        done = subprocess.run(
+            [*command, *args], cwd=SCRIPT.parent.parent, env=os.environ | env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr

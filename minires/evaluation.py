@@ -29,9 +29,28 @@ def measure_statistics(model, batches):
                 for norm in norms:
                     norm.training, norm.momentum = True, len(images) / seen  # the mean over all images so far
                 model(images)
+            if not seen and norms:
+                raise ValueError("measure_statistics: expected at least one batch of images, got none")
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum, norm._cache = momentum, None
+
+
+@contextlib.contextmanager
+def averaged_weights(average, model, batches):
+    """Put averaged weights into a model, with BatchNorm statistics of their own, until the block is left.
+
+    Args        average: a WeightAverage, or None, with which nothing is done; batches: see `measure_statistics`
+    """
+    if average is None:
+        yield
+        return
+    average.swap()
+    try:
+        measure_statistics(model, batches)
+        yield
+    finally:
+        average.swap()
 
 
 @contextlib.contextmanager
@@ -46,20 +65,21 @@ def evaluation_mode(model):
             module.training = training
 
 
-def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lambda: False):
+def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lambda: None):
     """Run images through a model in evaluation mode, a batch at a time; each part's mode is restored.
 
     Shapes      images (N, H, W, 3) uint8, on host or device  ->  logits (N, K), on the host
-    Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: asked
-                before each batch; once it says True, the rest is left undone and None is returned
+    Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: called
+                before each batch; what it raises leaves the rest undone
     """
+    if images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"expected images (N, H, W, 3), channels last, at least one of them, got {images.shape}")
     weight = model.parameters()[0].data
     device = "cpu" if array_module(weight) is np else "gpu"
     logits = []
     with evaluation_mode(model):
         for start in range(0, len(images), batch_size):
-            if stop():
-                return None
+            stop()
             batch = normalize(to_device(images[start : start + batch_size], device), mean, std, weight.dtype)
             out = model(batch)
             if tta:
@@ -68,15 +88,13 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     return np.concatenate(logits)
 
 
-def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: False):
+def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None):
     """Return the mean loss and the accuracy over all the images, as Python floats.
 
     Shapes      images (N, H, W, 3) uint8, labels (N,) on the host
     Args        tta, stop: see `predict_logits`
     """
     logits = predict_logits(model, images, mean, std, batch_size, tta, stop)
-    if logits is None:
-        return None
     return float(SoftmaxCrossEntropy().forward(logits, labels)), float((logits.argmax(axis=1) == labels).mean())
 
 
@@ -85,5 +103,5 @@ def confusion_matrix(labels, predictions, num_classes):
 
     Shapes      labels (N,), predictions (N,)  ->  (K, K): row the label, column the prediction
     """
-    pairs = labels * num_classes + predictions
+    pairs = np.asarray(labels, np.int64) * num_classes + np.asarray(predictions, np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)

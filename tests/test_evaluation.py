@@ -6,7 +6,7 @@ import pytest
 from minires import ResNet, Sequential
 from minires.augment import normalize
 from minires.cifar10 import MEAN, STD, load_sample
-from minires.evaluate import confusion_matrix, evaluate, measure_statistics, predict_logits
+from minires.evaluation import confusion_matrix, evaluate, measure_statistics, predict_logits
 from minires.layers import BatchNorm2d, Dropout
 
 
@@ -88,3 +88,18 @@ def test_a_short_batch_counts_by_its_images(rng):
     batches = [rng.standard_normal((n, 3, 3, 2)).astype(np.float32) for n in (4, 4, 1)]
     measure_statistics(norm, batches)
     np.testing.assert_allclose(norm.running_mean.data, np.concatenate(batches).mean((0, 1, 2)), rtol=1e-4)
+
+
+def test_classes_in_bytes_are_counted_where_they_belong():
+    matrix = confusion_matrix(np.uint8([99, 3]), [99, 98], 100)
+    assert (matrix[99, 99], matrix[3, 98], matrix.sum()) == (1, 1, 2)
+
+
+def test_images_that_are_none_or_lie_otherwise_are_named():
+    model, images = ResNet((1,), (4,)), load_sample().test_images[:2]
+    for wrong in (images[:0], images.transpose(0, 3, 1, 2), images[0]):
+        with pytest.raises(ValueError, match=r"expected images \(N, H, W, 3\), channels last, .*, got \("):
+            predict_logits(model, wrong, MEAN, STD)
+    with pytest.raises(ValueError, match="expected at least one batch of images, got none"):
+        measure_statistics(model, [])
+    assert model.training

@@ -1,0 +1,71 @@
+"""What every script needs around its main: errors in one line, exit codes, an output that may be gone."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+import warnings
+
+from minires import cifar10, kernels
+from minires.backend import GPUError
+from minires.training.folder import SETTINGS, UsageError
+from minires.training.output import BROKEN_PIPE, command_line, drop_output, note, output_works
+from minires.training.storage import CheckpointError
+
+
+def explain(error):
+    """Return the exit code for an error, 2 if the user can mend it by asking otherwise and 1 if not, and a line."""
+    if isinstance(error, UsageError | GPUError | cifar10.DataError | CheckpointError):
+        return 2, str(error)
+    if isinstance(error, FloatingPointError | cifar10.DownloadError):
+        return 1, str(error)
+    if isinstance(error, OSError):
+        line = error.strerror or str(error)
+        if not error.filename:
+            if isinstance(error, BrokenPipeError):
+                return 128 + BROKEN_PIPE, ""
+            return 1, line if output_works() else f"standard output: {line}"
+        line = f"{error.filename}: {line}"
+        folder = pathlib.Path(os.fsdecode(error.filename)).absolute().parent
+        if not (folder / SETTINGS).exists():
+            return 1, line
+        line += "; what was there before is unharmed. Once the cause is mended, resume the run by"
+        return 1, f"{line} --resume {command_line([str(folder)])}"
+    if isinstance(error, MemoryError):
+        return 1, f"{error}; a run that had begun is in its last checkpoint"
+    return 1, f"{type(error).__name__}: {error} (--debug shows the place)"
+
+
+def run_script(main):
+    """Run the main of an example and end the process with its exit code; an error becomes a line.
+
+    With --debug on the command line it stays a traceback. A pipe that nobody reads any more ends it without a word.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names that the encoding lacks are printed with backslashes
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    code, line = 1, ""
+    try:
+        try:
+            kernels.chosen(), kernels.num_threads()
+        except ValueError as error:  # in an environment variable
+            raise UsageError(str(error)) from error
+        try:
+            code = main()
+        except SystemExit as end:  # from argparse
+            code = end.code
+        print(end="", flush=True)  # here an error can still be told
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        code, line = explain(error)
+    with contextlib.suppress(OSError):
+        if line:
+            note(f"error: {line}")
+    if not output_works():
+        drop_output()
+    sys.exit(code)

@@ -1,0 +1,170 @@
+"""A loop of one's own, with a Run around it, for a network that is no ResNet: counted, kept, stopped and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minires import Adam, BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Sequential, SoftmaxCrossEntropy
+from minires.training import CheckpointError, Interrupted, Run, UsageError, load_weights
+from minires.training import run as run_module
+from minires.training.checkpoint import load_checkpoint
+
+IMAGES = np.random.default_rng(0).standard_normal((12, 6, 6, 3)).astype(np.float32)
+LABELS = np.arange(12) % 4
+EPOCHS, STEPS = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(run_module, "draw", lambda *_: None)
+
+
+def network():
+    return Sequential(
+        Conv2d(3, 5, 3, rng=1), BatchNorm2d(5, relu=True), GlobalAvgPool2d(), Dropout(0.3, rng=2), Linear(5, 4, rng=3)
+    )
+
+
+def batches(epoch, count=STEPS):
+    order = np.random.default_rng(epoch).permutation(12)
+    return [(IMAGES[order[i : i + 4]], LABELS[order[i : i + 4]]) for i in range(0, 4 * count, 4)]
+
+
+def train(folder, during_step=lambda run: None, batches=batches, validate=True, **options):
+    model, loss_function = network(), SoftmaxCrossEntropy()
+    optimizer = Adam(model.parameters(), lr=0.01)
+    with Run(folder) as run:
+        run.track(model, optimizer, epochs=EPOCHS, steps_per_epoch=STEPS, **options)
+        for epoch in run.epochs():
+            for images, labels in run.steps(batches(epoch)):
+                optimizer.lr = 0.01 / (1 + run.step)
+                optimizer.zero_grad()
+                logits = model(images)
+                loss = loss_function(logits, labels)
+                model.backward(loss_function.backward())
+                run.count(loss, logits, labels)
+                during_step(run)
+                run.check(loss)
+                optimizer.step()
+            if validate:
+                run.validate(lambda: (1.0 / epoch, 0.5))  # noqa: B023
+        return run.finish({"test_loss": 1.0})
+
+
+def content(folder):
+    """What a run leaves, but for the seconds."""
+    state, position = load_checkpoint(folder)
+    weights, metadata = load_weights(folder / "best.safetensors")
+    for seconds in (position, *position["history"]):
+        seconds.pop("seconds")
+    position.pop("epoch_seconds"), position.pop("config")
+    bits = {name: array.tobytes() for part in (state, weights) for name, array in part.items()}
+    return bits, position, metadata
+
+
+def stop_in(step):
+    return lambda run: os.kill(os.getpid(), signal.SIGTERM) if run.step == step else None
+
+
+def test_stopped_in_any_step_and_run_again_it_ends_with_the_same_bits(tmp_path):
+    train(tmp_path / "whole")
+    for step in range(EPOCHS * STEPS):
+        with pytest.raises(Interrupted) as end:
+            train(tmp_path / str(step), stop_in(step))
+        assert end.value.code == 143
+        assert load_checkpoint(tmp_path / str(step))[1]["step"] == step + 1
+        train(tmp_path / str(step))
+        assert content(tmp_path / str(step)) == content(tmp_path / "whole")
+
+
+def test_the_log_counts_every_image_once_and_keeps_the_best_weights(tmp_path):
+    result = train(tmp_path, settings={"lr": 0.01})
+    history = load_checkpoint(tmp_path)[1]["history"]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert all(0 <= row["train_accuracy"] * 12 <= 12 and row["train_accuracy"] * 12 % 1 == 0 for row in history)
+    assert [row["lr"] for row in history] == [0.01 / 3, 0.01 / 6]
+    assert (result["best_epoch"], result["validation_loss"]) == (2, 0.5)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.01
+
+
+def test_without_validation_the_last_weights_are_kept(tmp_path):
+    train(tmp_path, validate=False)
+    weights, metadata = load_weights(tmp_path / "best.safetensors")
+    assert (metadata["epoch"], metadata["validation_loss"]) == (2, None)
+    state = load_checkpoint(tmp_path)[0]
+    assert all((array == state[f"model.{name}"]).all() for name, array in weights.items())
+
+
+def test_a_run_that_was_begun_otherwise_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop_in(1), settings={"lr": 0.1, "note": "a"})
+    with pytest.raises(UsageError, match=r"was begun otherwise: lr is 0\.1 in the run and 0\.2 now\. Name another"):
+        train(tmp_path, settings={"lr": 0.2, "note": "b"}, free=["note"])
+    train(tmp_path, settings={"lr": 0.1, "note": "b"}, free=["note"])
+
+
+def test_a_run_with_other_batches_than_it_began_with_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop_in(4))
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 2)
+    with pytest.raises(UsageError, match=r"has done 5 steps in 1 epochs and a part, which have not 2 steps each"):
+        train(tmp_path)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop_in(1))
+    monkeypatch.setattr(sys.modules[__name__], "network", lambda: Sequential(GlobalAvgPool2d(), Linear(3, 4, rng=3)))
+    with pytest.raises(CheckpointError, match=r"does not fit .*: optimizer\.m\.1\.weight has shape \(5,\)"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize(("count", "got"), [(2, "got 2"), (4, "got more")])
+def test_another_number_of_batches_than_was_said_is_named(tmp_path, count, got):
+    images = np.concatenate([IMAGES, IMAGES])
+    with pytest.raises(ValueError, match=f"expected 3 batches in an epoch, {got}"):
+        train(tmp_path, batches=lambda epoch: [(images[:4], LABELS[:4])] * count)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("layer", ["0", "4"])
+def test_a_number_that_is_not_finite_is_found_in_its_layer(tmp_path, layer):
+    def poison(run):
+        if run.step == 4:
+            dict(run.model.named_parameters())[f"{layer}.weight"].data[..., 0] = np.nan
+
+    with pytest.raises(FloatingPointError) as caught:
+        train(tmp_path, poison)
+    assert str(caught.value) == (
+        "in epoch 2, step 6 the loss is nan: the first number that is not finite is in the output of "
+        f"{layer}, whose weights are not finite; there is no checkpoint yet"
+    )
+
+
+def test_the_curves_are_drawn_while_the_run_goes_on(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_module, "draw", lambda plot, history, path: drawn.append((plot, len(history), path.name)))
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_PICTURES", 0)
+    train(tmp_path)
+    assert drawn[:2] == [("plot_curves", 1, "curves.png"), ("plot_curves", 2, "curves.png")]
+
+
+def test_a_program_that_catches_nothing_ends_as_the_signal_asks(tmp_path):
+    code = """
+import os, signal, sys
+from test_run import train, stop_in
+train("run", stop_in(2))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 143
+    assert "Traceback" not in done.stderr
+    assert "interrupted in epoch 1, after step 3 of 6; to resume:" in done.stdout
