@@ -150,6 +150,47 @@ def test_an_error_at_each_system_call_of_a_save(tmp_path, monkeypatch, number):
             assert not list(folder.glob(f"*{PART}"))
 
 
+def test_weights_are_there_after_an_error_at_any_system_call(tmp_path, monkeypatch):
+    """Before a file of weights there is none that could stand in for it: the old one or the new one is there, whole."""
+    old, new = (ResNet((1,), (2,), seed=seed) for seed in (1, 2))
+    states, path, at, failed = [old.state_dict(), new.state_dict()], tmp_path / "best.safetensors", 0, True
+
+    def fault():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    while failed:
+        save_weights(path, old)
+        with monkeypatch.context() as patch:
+            Faults(patch, at, fault)
+            try:
+                save_weights(path, new)
+                failed = False
+            except OSError:
+                at += 1
+        assert path.exists(), f"no weights after an error at call {at}"
+        loaded = load_model(path)[0].state_dict()
+        assert any(same_arrays(loaded, state) for state in states)
+    assert at > 10
+    assert same_arrays(loaded, states[1])
+
+
+def test_the_disk_has_a_file_before_the_file_has_its_name(tmp_path, monkeypatch):
+    """Otherwise a machine that loses its power could leave a name with nothing behind it."""
+    save(tmp_path, 1)
+    faults = Faults(monkeypatch, None, None)
+    save(tmp_path, 2)
+    order = [name for name in faults.names if name != "write"]
+    assert order == [
+        "create",
+        "fsync",
+        "replace",
+        "replace",
+        "open",
+        "fsync",
+        "close",
+    ]  # the folder last, with the names
+
+
 def test_a_file_system_that_ends_at_each_byte(tmp_path):
     """The system itself refuses to write beyond a size."""
     resource = pytest.importorskip("resource")

@@ -23,6 +23,7 @@ from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_chec
 from minires.training.folder import check_space, locked, new_folder
 from minires.training.script import explain
 from minires.training.signals import interrupts
+from minires.training.weights import save_weights
 
 train_cifar = pytest.importorskip("train_cifar")
 from test_examples import start as start_script  # noqa: E402  (what examples need may be missing)
@@ -167,6 +168,29 @@ def test_a_log_that_is_ahead_of_the_checkpoint_is_set_back(train, tmp_path, monk
     (tmp_path / "run" / "log.csv").write_text(log + log.splitlines()[-1] + "\n")  # as if killed after another epoch
     stopped_at(STEPS + 1, "--resume", tmp_path / "run")
     assert (tmp_path / "run" / "log.csv").read_text() == log
+
+
+def test_best_weights_that_are_ahead_of_the_checkpoint_are_set_back(begin, go_on, tmp_path, monkeypatch):
+    def stopped_at(step, run):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, step)
+            assert run() == 130
+        model, row = load_model(tmp_path / "run" / "best.safetensors")
+        return {name: array.tobytes() for name, array in model.state_dict().items()}, row
+
+    best = stopped_at(STEPS, begin)
+    save_weights(tmp_path / "run" / "best.safetensors", ResNet((1,), (2,)))  # as if killed after another epoch
+    assert stopped_at(STEPS + 1, go_on) == best
+
+
+def test_averaging_and_validating_leave_the_training_as_it_is(train, tmp_path):
+    def training_losses(ema):
+        folder = tmp_path / ema
+        assert train(*FLAGS.split(), "--recipe", "fast", "--no-full-train", "--ema", ema, "--out", folder) == 0
+        with open(folder / "log.csv") as file:
+            return [row["train_loss"] for row in csv.DictReader(file)]
+
+    assert training_losses("0.5") == training_losses("0")
 
 
 def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_and_tested(train, tmp_path, monkeypatch):
@@ -351,9 +375,14 @@ def test_a_changed_version_is_told(stopped, go_on, monkeypatch, capsys):
 
 
 def test_the_seconds_of_a_run_are_those_it_has_computed(stopped, go_on):
-    seconds = load_checkpoint(stopped)[1]["seconds"]
+    state, position = load_checkpoint(stopped)
+    save_checkpoint(stopped, state, position | {"seconds": 5000.0, "epoch_seconds": 4000.0})
     assert go_on() == 0
-    assert json.loads((stopped / "result.json").read_text())["seconds"] >= round(seconds, 1)
+    assert 5000 <= json.loads((stopped / "result.json").read_text())["seconds"] < 5100
+    with open(stopped / "log.csv") as file:
+        first, second = (float(row["seconds"]) for row in csv.DictReader(file))
+    assert 4000 <= first < 4100
+    assert second < 100
 
 
 # What is not finite
@@ -754,6 +783,7 @@ def test_a_signal_to_a_process_without_standard_error_is_written_into_no_file(tm
     code = """
 import os, signal, sys
 from minires.training.signals import interrupts
+from minires.training.weights import save_weights
 sys.stderr = None
 with interrupts() as arrived:
     os.kill(os.getpid(), signal.SIGTERM)
