@@ -1,13 +1,17 @@
 """What is done to images before the network sees them: crop, flip, cutout, and normalisation.
 
+A network that sees each image moved, mirrored or partly covered, differently in every epoch, overfits later: it cannot
+memorise the images, and learns that none of this changes what is on them. Augmentation is for training alone.
+
 Pure functions on many images at once, on CPU and GPU. The random ones draw for an image by the seed of the run, the
-epoch, and the place of the image in the epoch's order. So the result is the same however an epoch is cut into batches,
-and the draws of the functions are independent of each other. All is computed in whole numbers until `normalize`, and
-gives the same bits everywhere.
+epoch, and the position of the image in the epoch's order. So the result is the same however an epoch is cut into
+batches, and the draws of the functions are independent of each other. All is computed in integers until `normalize`,
+and gives the same bits everywhere.
 
     key         the seed of the run
     epoch       the number of the epoch
-    start       the place of the first of the images in the epoch's order
+    start       the position of the first of the images in the epoch's order: leave it at 0, and every batch of an epoch
+                is moved and mirrored alike
 
 Source      He et al. 2016, section 4.2, for crop and flip; the others are named where they stand
 """
@@ -28,10 +32,10 @@ def random_crop(images, key, epoch, start=0, padding=4):
     windows are equally likely.
 
     Shapes      images (N, H, W, C)  ->  the same
-    Raises      ValueError for a padding that is no whole number of at least 0
+    Raises      ValueError for a padding that is no integer of at least 0
     """
     if not isinstance(padding, numbers.Integral) or padding < 0:
-        raise ValueError(f"random_crop: padding must be a whole number of at least 0, got {padding!r}")
+        raise ValueError(f"random_crop: padding must be an integer of at least 0, got {padding!r}")
     xp = array_module(images)
     N, H, W, _ = images.shape
     corner = draw_below(2 * padding + 1, random_words(N, key, epoch, CROP_STREAM, xp=xp, start=start)[:, :2])  # (N, 2)
@@ -60,7 +64,7 @@ def alternating_flip(images, index, key, epoch):
     Why         With random flips, two epochs in a row show half of the images in the same way. Here they show every
                 image in both, and the network learns sooner.
 
-    Shapes      images (N, H, W, C), index (N,), the number of each image in the data set  ->  the images
+    Shapes      images (N, H, W, C), index (N,) of each image in the data set  ->  the images
     Source      Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU"
     """
     xp = array_module(images)
@@ -87,7 +91,7 @@ def cutout(images, key, epoch, start=0, size=8, color=MEAN_COLOR):
     Source      DeVries and Taylor 2017, "Improved regularization of convolutional neural networks with cutout"
     """
     if not isinstance(size, numbers.Integral) or size < 0:
-        raise ValueError(f"cutout: size must be a whole number of at least 0, got {size!r}")
+        raise ValueError(f"cutout: size must be an integer of at least 0, got {size!r}")
     if len(color) != images.shape[3]:
         raise ValueError(f"cutout: color has {len(color)} numbers, and the images {images.shape} have other channels")
     xp = array_module(images)
@@ -100,13 +104,13 @@ def cutout(images, key, epoch, start=0, size=8, color=MEAN_COLOR):
 
 
 def draw_below(limit, words):
-    """Turn random 32-bit words into whole numbers from 0 to limit - 1, all equally likely (to limit / 2**32)."""
+    """Turn random 32-bit words into integers from 0 to limit - 1, all equally likely (to limit / 2**32)."""
     xp = array_module(words)
     return ((words.astype(xp.uint64) * limit) >> 32).astype(xp.int64)
 
 
 def normalize(images, mean, std, dtype="float32"):
-    """Bring bytes to the range 0 to 1, then take off each channel's mean and divide by its standard deviation.
+    """Bring bytes to the range 0 to 1, then subtract each channel's mean and divide by its standard deviation.
 
     Shapes      images (N, H, W, C) uint8, mean and std of length C  ->  (N, H, W, C)
     Args        dtype: of the result; it is computed in float32

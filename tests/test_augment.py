@@ -29,12 +29,12 @@ def test_a_crop_is_one_of_the_windows_of_the_padded_image(images):
     assert out.shape == images.shape
     assert out.dtype == np.uint8
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    places = []
+    corners = []
     for image, source in zip(out, padded, strict=True):
         matches = [(y, x) for y in range(5) for x in range(5) if (source[y : y + 6, x : x + 5] == image).all()]
         assert len(matches) == 1
-        places.append(matches[0])
-    counts = np.bincount([5 * y + x for y, x in places], minlength=25)
+        corners.append(matches[0])
+    counts = np.bincount([5 * y + x for y, x in corners], minlength=25)
     assert counts.min() > 40  # 80 expected of each of the 25 windows, deviation 9
     assert counts.max() < 120
 
@@ -79,7 +79,7 @@ def test_an_alternating_flip_mirrors_every_image_in_every_other_epoch(images):
     np.testing.assert_array_equal(epochs[0][~mirrored], images[~mirrored])
     np.testing.assert_array_equal(epochs[1], epochs[0][:, :, ::-1])
     np.testing.assert_array_equal(epochs[2], epochs[0])
-    order = np.random.default_rng(1).permutation(2000)  # the place in the epoch plays no part, the image does
+    order = np.random.default_rng(1).permutation(2000)  # the position in the epoch plays no part, the image does
     np.testing.assert_array_equal(alternating_flip(images[order], index[order], 1, 1), epochs[0][order])
     assert (alternating_flip(images, index, 2, 1) != epochs[0]).any()
 
@@ -125,9 +125,9 @@ def test_images_of_floats_are_treated_as_those_of_bytes(images, augment):
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        (lambda x: random_crop(x, 1, 1, padding=-1), "padding must be a whole number of at least 0, got -1"),
+        (lambda x: random_crop(x, 1, 1, padding=-1), "padding must be an integer of at least 0, got -1"),
         (lambda x: random_flip(x, 1, 1, p=2), "p must be from 0 to 1, got 2"),
-        (lambda x: cutout(x, 1, 1, size=1.5), "size must be a whole number of at least 0, got 1.5"),
+        (lambda x: cutout(x, 1, 1, size=1.5), "size must be an integer of at least 0, got 1.5"),
         (lambda x: cutout(x[:, :, :, :1], 1, 1), "color has 3 numbers, and the images .* have other channels"),
     ],
 )
