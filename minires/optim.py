@@ -1,5 +1,9 @@
 """How weights move: SGD, Adam, and an average of the weights.
 
+The gradient of a batch says in which direction the loss grows fastest at the current weights. An optimizer takes a step
+against it, of a length that the learning rate sets, see `schedules`. How the layers fill the gradients is none of its
+business: it knows a list of parameters.
+
     optimizer = Adam(model.parameters(), lr=1e-3)
     for step in range(total_steps):
         optimizer.lr = cosine(step, total_steps, 1e-3)
@@ -24,7 +28,16 @@ ALIGNMENT = 64
 class SGD:
     """Stochastic gradient descent, with momentum, Nesterov's variant and weight decay.
 
-    Update      see `kernels.reference.sgd_update`
+    Update      see `kernels.reference.sgd_update`, where momentum and Nesterov's variant are derived
+
+    Why         Momentum: the loss is often a narrow valley, in which the steepest way down points at the other wall.
+                The velocity, a sum of past gradients, forgets what changes its sign from step to step (the walls, and
+                the noise of single batches), and gathers speed along the valley.
+                Nesterov: the velocity will carry the weights on in any case, so the gradient is taken where they will
+                be. A velocity that is about to overshoot is slowed down one step earlier.
+                Weight decay: each step makes the weights a little smaller, by lr weight_decay param. Only those that
+                the data keep asking for stay large, and a network of small weights overfits less.
+
     Args        params: a list of Parameters, which are moved into one array, see `FlatParameters`; lr: learning rate;
                 momentum: 0 to below 1; weight_decay: added to the gradient, times the parameter; decay_vectors: False
                 keeps the weight decay from biases and BatchNorm's parameters; max_norm: gradients that are longer than
@@ -77,7 +90,12 @@ class SGD:
 class Adam:
     """Adaptive moments: each number moves by about lr, whatever the scale of its gradient.
 
-    Update      see `kernels.reference.adam_update`
+    Update      see `kernels.reference.adam_update`, where it is derived
+
+    Why         Gradients differ in scale from layer to layer, and one learning rate would be too large for some numbers
+                and too small for others. Adam divides the running mean of each number's gradient, m, by its usual size,
+                sqrt(v). Both averages start at 0 and are too small at first, by a known factor, which is corrected.
+
     Args        params: a list of Parameters, which are moved into one array, see `FlatParameters`; lr: learning rate;
                 betas: how slowly the two moments forget, each 0 to below 1; eps: added to the denominator;
                 weight_decay, decay_vectors, max_norm: as in `SGD`
@@ -139,7 +157,7 @@ class Adam:
 
 
 class WeightAverage:
-    """An exponential moving average of the weights, which is often better than the weights of any one step.
+    """An exponential moving average (EMA) of the weights, which is often better than the weights of any one step.
 
     Update      average = d average + (1 - d) weights, with d = min(decay, (1 + t) / (10 + t)) at the t-th update
 
