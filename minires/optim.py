@@ -59,7 +59,7 @@ class SGD:
         self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
         self.decay_vectors, self.max_norm = decay_vectors, max_norm
         self.flat = FlatParameters("SGD", self.params)
-        self.flat_velocity, self.velocity = self.flat.zeros() if momentum else (None, [])
+        self.flat_velocity = self.flat.zeros() if momentum else None
 
     def zero_grad(self):
         self.flat.zero_grad()
@@ -84,7 +84,7 @@ class SGD:
 
         The arrays are views: to go on from a saved state, write into them.
         """
-        return {"velocity": self.velocity} if self.velocity else {}
+        return {} if self.flat_velocity is None else {"velocity": self.flat.views(self.flat_velocity)}
 
 
 class Adam:
@@ -123,8 +123,7 @@ class Adam:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.decay_vectors, self.max_norm = decay_vectors, max_norm
         self.flat = FlatParameters("Adam", self.params)
-        self.flat_m, self.m = self.flat.zeros()
-        self.flat_v, self.v = self.flat.zeros()
+        self.flat_m, self.flat_v = self.flat.zeros(), self.flat.zeros()
         self.steps = 0
 
     def zero_grad(self):
@@ -153,7 +152,7 @@ class Adam:
 
         The number of steps, which belongs to it, is the attribute `steps`.
         """
-        return {"m": self.m, "v": self.v}
+        return {"m": self.flat.views(self.flat_m), "v": self.flat.views(self.flat_v)}
 
 
 class WeightAverage:
@@ -177,7 +176,7 @@ class WeightAverage:
     def __init__(self, optimizer, decay):
         _check_range("WeightAverage", "decay", decay, 0, 1)
         self.flat, self.decay, self.updates = optimizer.flat, decay, 0
-        self.flat_average, self.average = self.flat.zeros()
+        self.flat_average = self.flat.zeros()
         self.flat_average[...] = self.flat.data
 
     def update(self):
@@ -195,7 +194,7 @@ class WeightAverage:
 
     def state(self):
         """Return {name: arrays in the order of the parameters}, as views; the number `updates` belongs to it."""
-        return {"average": self.average}
+        return {"average": self.flat.views(self.flat_average)}
 
 
 class FlatParameters:
@@ -208,8 +207,12 @@ class FlatParameters:
     without are one slice each. Between the parameters there are zeros, and whatever an optimizer does to a parameter
     of 0 with a gradient of 0 leaves them 0.
 
+    A copy (copy.deepcopy, pickle) is made anew from copies of the parameters, whose data and grad are then views of its
+    own arrays. Copy a model and its optimizer together, copy.deepcopy((model, optimizer)): alone, an optimizer takes
+    along copies of the parameters that belong to no model, and a model leaves its optimizer behind.
+
     Limits      a Parameter lives in one such array. If it is moved (model.to) or given to another optimizer, it leaves,
-                and the next step or zero_grad says so
+                and the next step, zero_grad or copy says so
     Raises      ValueError for parameters on several devices or of several dtypes, or one that is given twice
     """
 
@@ -233,16 +236,19 @@ class FlatParameters:
                     self.offsets[i] = end
                     end += math.ceil(p.data.size / ALIGNMENT) * ALIGNMENT
         self.size = end
-        self.data, self.data_views = self.zeros()
-        self.grad, self.grad_views = self.zeros()
+        self.data, self.grad = self.zeros(), self.zeros()
+        self.data_views, self.grad_views = self.views(self.data), self.views(self.grad)
         for p, data, grad in zip(params, self.data_views, self.grad_views, strict=True):
             data[...], grad[...] = p.data, p.grad
             p.data, p.grad = data, grad
 
+    def __reduce__(self):
+        self.check()
+        return FlatParameters, (self.owner, self.params)
+
     def zeros(self):
-        """Return an array of zeros laid out like the parameters, and its views in their order and shapes."""
-        array = self.xp.zeros(self.size, self.dtype)
-        return array, self.views(array)
+        """Return an array of zeros laid out like the parameters."""
+        return self.xp.zeros(self.size, self.dtype)
 
     def views(self, array):
         """Return the parts of a flat array that belong to the parameters, in their order and shapes."""
