@@ -114,8 +114,11 @@ def normalize(images, mean, std, dtype="float32"):
 
     Shapes      images (N, H, W, C) uint8, mean and std of length C  ->  (N, H, W, C)
     Args        dtype: of the result; it is computed in float32
+    Raises      ValueError for images of another dtype: floats from 0 to 1 would all become almost the same
     """
     xp = array_module(images)
+    if images.dtype != "uint8":
+        raise ValueError(f"normalize expects images of uint8, values 0 to 255, got {images.dtype}")
     scale = xp.asarray([1 / (255 * s) for s in std], dtype=xp.float32)
     shift = xp.asarray([m / s for m, s in zip(mean, std, strict=True)], dtype=xp.float32)
     return (images * scale - shift).astype(dtype, copy=False)

@@ -1,5 +1,9 @@
 """How weights move: SGD, Adam, and an average of the weights.
 
+The gradient of a batch says in which direction the loss grows fastest at the current weights. An optimizer takes a step
+against it, of a length that the learning rate sets, see `schedules`. How the layers fill the gradients is none of its
+business: it knows a list of parameters.
+
     optimizer = Adam(model.parameters(), lr=1e-3)
     for step in range(total_steps):
         optimizer.lr = cosine(step, total_steps, 1e-3)
@@ -24,7 +28,16 @@ ALIGNMENT = 64
 class SGD:
     """Stochastic gradient descent, with momentum, Nesterov's variant and weight decay.
 
-    Update      see `kernels.reference.sgd_update`
+    Update      see `kernels.reference.sgd_update`, where momentum and Nesterov's variant are derived
+
+    Why         Momentum: the loss is often a narrow valley, in which the steepest way down points at the other wall.
+                The velocity, a sum of past gradients, forgets what changes its sign from step to step (the walls, and
+                the noise of single batches), and gathers speed along the valley.
+                Nesterov: the velocity will carry the weights on in any case, so the gradient is taken where they will
+                be. A velocity that is about to overshoot is slowed down one step earlier.
+                Weight decay: each step makes the weights a little smaller, by lr weight_decay param. Only those that
+                the data keep asking for stay large, and a network of small weights overfits less.
+
     Args        params: a list of Parameters, which are moved into one array, see `FlatParameters`; lr: learning rate;
                 momentum: 0 to below 1; weight_decay: added to the gradient, times the parameter; decay_vectors: False
                 keeps the weight decay from biases and BatchNorm's parameters; max_norm: gradients that are longer than
@@ -46,7 +59,7 @@ class SGD:
         self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
         self.decay_vectors, self.max_norm = decay_vectors, max_norm
         self.flat = FlatParameters("SGD", self.params)
-        self.flat_velocity, self.velocity = self.flat.zeros() if momentum else (None, [])
+        self.flat_velocity = self.flat.zeros() if momentum else None
 
     def zero_grad(self):
         self.flat.zero_grad()
@@ -71,13 +84,18 @@ class SGD:
 
         The arrays are views: to go on from a saved state, write into them.
         """
-        return {"velocity": self.velocity} if self.velocity else {}
+        return {} if self.flat_velocity is None else {"velocity": self.flat.views(self.flat_velocity)}
 
 
 class Adam:
     """Adaptive moments: each number moves by about lr, whatever the scale of its gradient.
 
-    Update      see `kernels.reference.adam_update`
+    Update      see `kernels.reference.adam_update`, where it is derived
+
+    Why         Gradients differ in scale from layer to layer, and one learning rate would be too large for some numbers
+                and too small for others. Adam divides the running mean of each number's gradient, m, by its usual size,
+                sqrt(v). Both averages start at 0 and are too small at first, by a known factor, which is corrected.
+
     Args        params: a list of Parameters, which are moved into one array, see `FlatParameters`; lr: learning rate;
                 betas: how slowly the two moments forget, each 0 to below 1; eps: added to the denominator;
                 weight_decay, decay_vectors, max_norm: as in `SGD`
@@ -105,8 +123,7 @@ class Adam:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.decay_vectors, self.max_norm = decay_vectors, max_norm
         self.flat = FlatParameters("Adam", self.params)
-        self.flat_m, self.m = self.flat.zeros()
-        self.flat_v, self.v = self.flat.zeros()
+        self.flat_m, self.flat_v = self.flat.zeros(), self.flat.zeros()
         self.steps = 0
 
     def zero_grad(self):
@@ -135,11 +152,11 @@ class Adam:
 
         The number of steps, which belongs to it, is the attribute `steps`.
         """
-        return {"m": self.m, "v": self.v}
+        return {"m": self.flat.views(self.flat_m), "v": self.flat.views(self.flat_v)}
 
 
 class WeightAverage:
-    """An exponential moving average of the weights, which is often better than the weights of any one step.
+    """An exponential moving average (EMA) of the weights, which is often better than the weights of any one step.
 
     Update      average = d average + (1 - d) weights, with d = min(decay, (1 + t) / (10 + t)) at the t-th update
 
@@ -159,7 +176,7 @@ class WeightAverage:
     def __init__(self, optimizer, decay):
         _check_range("WeightAverage", "decay", decay, 0, 1)
         self.flat, self.decay, self.updates = optimizer.flat, decay, 0
-        self.flat_average, self.average = self.flat.zeros()
+        self.flat_average = self.flat.zeros()
         self.flat_average[...] = self.flat.data
 
     def update(self):
@@ -177,7 +194,7 @@ class WeightAverage:
 
     def state(self):
         """Return {name: arrays in the order of the parameters}, as views; the number `updates` belongs to it."""
-        return {"average": self.average}
+        return {"average": self.flat.views(self.flat_average)}
 
 
 class FlatParameters:
@@ -190,8 +207,12 @@ class FlatParameters:
     without are one slice each. Between the parameters there are zeros, and whatever an optimizer does to a parameter
     of 0 with a gradient of 0 leaves them 0.
 
+    A copy (copy.deepcopy, pickle) is made anew from copies of the parameters, whose data and grad are then views of its
+    own arrays. Copy a model and its optimizer together, copy.deepcopy((model, optimizer)): alone, an optimizer takes
+    along copies of the parameters that belong to no model, and a model leaves its optimizer behind.
+
     Limits      a Parameter lives in one such array. If it is moved (model.to) or given to another optimizer, it leaves,
-                and the next step or zero_grad says so
+                and the next step, zero_grad or copy says so
     Raises      ValueError for parameters on several devices or of several dtypes, or one that is given twice
     """
 
@@ -215,16 +236,19 @@ class FlatParameters:
                     self.offsets[i] = end
                     end += math.ceil(p.data.size / ALIGNMENT) * ALIGNMENT
         self.size = end
-        self.data, self.data_views = self.zeros()
-        self.grad, self.grad_views = self.zeros()
+        self.data, self.grad = self.zeros(), self.zeros()
+        self.data_views, self.grad_views = self.views(self.data), self.views(self.grad)
         for p, data, grad in zip(params, self.data_views, self.grad_views, strict=True):
             data[...], grad[...] = p.data, p.grad
             p.data, p.grad = data, grad
 
+    def __reduce__(self):
+        self.check()
+        return FlatParameters, (self.owner, self.params)
+
     def zeros(self):
-        """Return an array of zeros laid out like the parameters, and its views in their order and shapes."""
-        array = self.xp.zeros(self.size, self.dtype)
-        return array, self.views(array)
+        """Return an array of zeros laid out like the parameters."""
+        return self.xp.zeros(self.size, self.dtype)
 
     def views(self, array):
         """Return the parts of a flat array that belong to the parameters, in their order and shapes."""

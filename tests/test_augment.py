@@ -147,6 +147,12 @@ def test_normalize_by_hand():
     np.testing.assert_array_equal(half, out.astype(np.float16))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "bool"])
+def test_normalize_takes_bytes_alone(images, dtype):
+    with pytest.raises(ValueError, match=f"^normalize expects images of uint8, values 0 to 255, got {dtype}$"):
+        normalize((images / 255).astype(dtype), MEAN, STD)
+
+
 def test_the_color_of_a_cutout_is_the_mean():
     assert tuple(round(255 * mean) for mean in MEAN) == MEAN_COLOR
 

@@ -1,6 +1,8 @@
 """The optimizers against scalars computed by hand."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -275,14 +277,14 @@ def test_an_average_of_three_steps_by_hand():
     p.grad[:] = 11.0
     optimizer.step()
     average.update()
-    np.testing.assert_allclose(average.average[0], 2 / 11 * 8 + 9 / 11 * -3)  # -1
+    np.testing.assert_allclose(average.state()["average"][0], 2 / 11 * 8 + 9 / 11 * -3)  # -1
     optimizer.step()
     average.update()
-    np.testing.assert_allclose(average.average[0], 0.2 * -1 + 0.8 * -14)  # -11.4
+    np.testing.assert_allclose(average.state()["average"][0], 0.2 * -1 + 0.8 * -14)  # -11.4
     average.swap()
-    np.testing.assert_allclose([p.data[0], average.average[0][0]], [-11.4, -14])
+    np.testing.assert_allclose([p.data[0], average.state()["average"][0][0]], [-11.4, -14])
     average.swap()
-    np.testing.assert_allclose([p.data[0], average.average[0][0]], [-14, -11.4])
+    np.testing.assert_allclose([p.data[0], average.state()["average"][0][0]], [-14, -11.4])
 
 
 def test_an_average_of_several_parameters(rng):
@@ -308,3 +310,77 @@ def test_an_average_refuses_a_decay_that_never_forgets_and_weights_that_went_els
     SGD([p], lr=1.0)
     with pytest.raises(RuntimeError, match="was moved, cast or given to another optimizer"):
         average.swap()
+
+
+def forward_and_backward(model, optimizer, x):
+    optimizer.zero_grad()
+    model.backward(model(x) - 1)
+
+
+COPY = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda things: pickle.loads(pickle.dumps(things)),
+    "deepcopy, the optimizer first": lambda things: copy.deepcopy(things[::-1])[::-1],
+    "pickle, the optimizer first": lambda things: pickle.loads(pickle.dumps(things[::-1]))[::-1],
+}
+
+
+@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
+@each_optimizer
+def test_a_copy_of_model_optimizer_and_average_trains_on_with_the_same_bits(make, copied, rng):
+    model, x = Linear(3, 2, rng=rng), rng.standard_normal((5, 3)).astype(np.float32)
+    optimizer = make(model.parameters())
+    things = model, optimizer, WeightAverage(optimizer, 0.9)
+
+    def train(model, optimizer, average):
+        forward_and_backward(model, optimizer, x)
+        optimizer.step()
+        average.update()
+
+    train(*things)
+    before = model.state_dict()
+    others = copied(things)
+    for _ in range(2):
+        train(*others)
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])  # what the copy does does not reach the original
+    for _ in range(2):
+        train(*things)
+    other, its_optimizer, its_average = others
+    for name, array in model.state_dict().items():
+        assert (array != before[name]).all()
+        np.testing.assert_array_equal(other.state_dict()[name], array)
+    for ours, theirs in ((optimizer, its_optimizer), (things[2], its_average)):
+        for name, arrays in ours.state().items():
+            for array, its_array in zip(arrays, theirs.state()[name], strict=True):
+                np.testing.assert_array_equal(its_array, array)
+    assert its_average.flat is its_optimizer.flat
+    for p, q in zip(other.parameters(), its_optimizer.params, strict=True):
+        assert p is q
+        assert np.shares_memory(p.data, its_optimizer.flat.data)
+        assert np.shares_memory(p.grad, its_optimizer.flat.grad)
+        assert not np.shares_memory(p.data, optimizer.flat.data)
+
+
+@each_optimizer
+def test_a_copy_of_the_optimizer_or_of_the_model_alone_leaves_the_other_where_it_is(make, rng):
+    model, x = Linear(3, 2, rng=rng), rng.standard_normal((5, 3)).astype(np.float32)
+    optimizer = make(model.parameters())
+    forward_and_backward(model, optimizer, x)
+    before = model.state_dict()
+    copy.deepcopy(optimizer).step()
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        p.data += 1
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+    optimizer.step()
+    assert (model.weight.data != before["weight"].T).all()
+
+
+def test_an_optimizer_whose_parameters_went_elsewhere_is_not_copied():
+    p = parameter(1.0)
+    optimizer = SGD([p], lr=1.0)
+    Adam([p])
+    with pytest.raises(RuntimeError, match=r"SGD: params\[0\], of shape \(1,\), was moved, cast or given to another"):
+        copy.deepcopy(optimizer)
