@@ -15,6 +15,7 @@ from minires.summary import summary
 from minires import augment
 from minires.batches import Batches
 from minires.evaluation import evaluate, predict_logits
+from minires import cifar10
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022

@@ -218,8 +218,9 @@ def _archive_by_hand(folder):
 
 
 def _archive_from_the_internet(folder, place, options):
-    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in _left_over(folder, place))
-    if free < SPACE:
+    disk = shutil.disk_usage(folder)
+    free = disk.free + sum(path.stat().st_size for path in _left_over(folder, place))
+    if disk.total and free < SPACE:  # a disk of 0 bytes is a file system that does not tell
         raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free", str(folder))
     sources = _sources()
     note(f"CIFAR-10 is not in {folder}: downloading it")
