@@ -15,6 +15,8 @@ Source      PyTorch, for the names and the arithmetic
 """
 
 import math
+import numbers
+from collections.abc import Iterable
 
 from minires.backend import array_module
 from minires.kernels import kernels_for
@@ -99,7 +101,7 @@ class Adam:
     Args        params: a list of Parameters, which are moved into one array, see `FlatParameters`; lr: learning rate;
                 betas: how slowly the two moments forget, each 0 to below 1; eps: added to the denominator;
                 weight_decay, decay_vectors, max_norm: as in `SGD`
-    Raises      ValueError for values outside these ranges
+    Raises      ValueError for values outside these ranges, and for an eps that is 0 in the dtype of the parameters
     Source      Kingma and Ba 2015; arithmetic of PyTorch's Adam
     """
 
@@ -114,12 +116,17 @@ class Adam:
         max_norm=math.inf,
     ):
         _check_range("Adam", "lr", lr, 0, math.inf)
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise TypeError(f"Adam: betas must be two numbers, got {betas!r}")
         _check_range("Adam", "betas[0]", betas[0], 0, 1)
         _check_range("Adam", "betas[1]", betas[1], 0, 1)
-        _check_above_0("Adam", "eps", eps)  # with an eps of 0, a gradient that has always been 0 would give 0 / 0
+        _check_above_0("Adam", "eps", eps)
         _check_range("Adam", "weight_decay", weight_decay, 0, math.inf)
         _check_above_0("Adam", "max_norm", max_norm)
         self.params = _checked_list("Adam", params)
+        dtype = self.params[0].data.dtype
+        if not dtype.type(eps):  # a gradient that has always been 0 would give 0 / 0
+            raise ValueError(f"Adam: eps must be above 0 in the {dtype} of the parameters, where {eps} is 0")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.decay_vectors, self.max_norm = decay_vectors, max_norm
         self.flat = FlatParameters("Adam", self.params)
@@ -211,8 +218,8 @@ class FlatParameters:
     own arrays. Copy a model and its optimizer together, copy.deepcopy((model, optimizer)): alone, an optimizer takes
     along copies of the parameters that belong to no model, and a model leaves its optimizer behind.
 
-    Limits      a Parameter lives in one such array. If it is moved (model.to) or given to another optimizer, it leaves,
-                and the next step, zero_grad or copy says so
+    Limits      a Parameter lives in one such array. If it is moved (model.to) or given to another optimizer, or if its
+                data or grad is replaced, it leaves, and the next step, zero_grad or copy says so
     Raises      ValueError for parameters on several devices or of several dtypes, or one that is given twice
     """
 
@@ -284,14 +291,24 @@ class FlatParameters:
     def check(self):
         """Raise if a parameter no longer lives here: a step would move a copy that nobody reads."""
         for i, (p, data, grad) in enumerate(zip(self.params, self.data_views, self.grad_views, strict=True)):
-            if p.data is not data or p.grad is not grad:
+            name = f"params[{i}], of shape {data.shape},"
+            if p.data is not data and p.grad is not grad:
                 raise RuntimeError(
-                    f"{self.owner}: params[{i}], of shape {tuple(p.data.shape)}, was moved, cast or given to another "
-                    "optimizer after this one was made: make the optimizer after model.to, and one for each parameter"
+                    f"{self.owner}: {name} was moved, cast or given to another optimizer after this one was made: make "
+                    "the optimizer after model.to, and one for each parameter"
                 )
+            if p.grad is not grad:
+                raise RuntimeError(
+                    f"{self.owner}: the grad of {name} was replaced: add into it in place, w.grad += g or "
+                    "w.grad[...] = g"
+                )
+            if p.data is not data:
+                raise RuntimeError(f"{self.owner}: the data of {name} was replaced: write into it, w.data[...] = x")
 
 
 def _checked_list(optimizer, params):
+    if isinstance(params, Parameter) or not isinstance(params, Iterable):
+        raise TypeError(f"{optimizer}: params must be a list, as model.parameters() is, got {type(params).__name__}")
     params = list(params)
     if not params:
         raise ValueError(f"{optimizer}: params is empty, there is nothing to train")
@@ -301,11 +318,18 @@ def _checked_list(optimizer, params):
     return params
 
 
+def _check_number(optimizer, name, value):
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{optimizer}: {name} must be a number, got {value!r}")
+
+
 def _check_range(optimizer, name, value, least, below):
+    _check_number(optimizer, name, value)
     if not least <= value < below:
         raise ValueError(f"{optimizer}: {name} must be at least {least} and below {below}, got {value}")
 
 
 def _check_above_0(optimizer, name, value):
+    _check_number(optimizer, name, value)
     if not value > 0:
         raise ValueError(f"{optimizer}: {name} must be above 0, got {value}")

@@ -257,6 +257,8 @@ def test_parameters_that_cannot_share_an_array_are_refused():
         (lambda p: Adam([p], lr=float("nan")), "Adam: lr must be .* got nan"),
         (lambda p: Adam([p], eps=0.0), r"Adam: eps must be above 0, got 0.0"),
         (lambda p: SGD([p], lr=1, max_norm=0), r"SGD: max_norm must be above 0, got 0"),
+        (lambda p: SGD([p], lr=math.inf), r"SGD: lr must be at least 0 and below inf, got inf"),
+        (lambda p: Adam([p], eps=float("nan")), r"Adam: eps must be above 0, got nan"),
         (lambda p: Adam([]), "Adam: params is empty"),
     ],
 )
@@ -265,9 +267,79 @@ def test_values_outside_their_range_are_named(make, message):
         make(parameter(1.0))
 
 
-def test_arrays_and_names_are_no_parameters():
-    with pytest.raises(TypeError, match=r"Adam: params must be Parameters, as in model\.parameters\(\), got ndarray"):
-        Adam([np.zeros(3)])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: SGD([p], lr=None), "SGD: lr must be a number, got None"),
+        (lambda p: SGD([p], lr=1, momentum=None), "SGD: momentum must be a number, got None"),
+        (lambda p: SGD([p], lr=1, weight_decay="0.1"), "SGD: weight_decay must be a number, got '0.1'"),
+        (lambda p: SGD([p], lr=1, max_norm=None), "SGD: max_norm must be a number, got None"),
+        (lambda p: Adam([p], lr=[0.1]), r"Adam: lr must be a number, got \[0.1\]"),
+        (lambda p: Adam([p], eps=None), "Adam: eps must be a number, got None"),
+        (lambda p: Adam([p], betas=0.9), "Adam: betas must be two numbers, got 0.9"),
+        (lambda p: Adam([p], betas=(0.9,)), r"Adam: betas must be two numbers, got \(0.9,\)"),
+        (lambda p: Adam([p], betas=(0.9, None)), r"Adam: betas\[1\] must be a number, got None"),
+        (lambda p: WeightAverage(SGD([p], lr=1), None), "WeightAverage: decay must be a number, got None"),
+        (lambda p: Adam([np.zeros(3)]), r"Adam: params must be Parameters, as in model\.parameters\(\), got ndarray"),
+        (lambda p: Adam(p), r"Adam: params must be a list, as model\.parameters\(\) is, got Parameter"),
+        (lambda p: SGD(None, lr=1), r"SGD: params must be a list, as model\.parameters\(\) is, got NoneType"),
+    ],
+)
+def test_what_is_no_number_and_no_parameter_is_named(make, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        make(parameter(1.0))
+
+
+@pytest.mark.parametrize("lr", [1, np.float32(0.5), np.int64(1), np.float64(0.5)])
+def test_numbers_of_numpy_are_numbers(lr):
+    p = parameter(2.0, np.float32)
+    p.grad[:] = 1.0
+    SGD([p], lr=lr, momentum=np.float32(0.5)).step()
+    assert p.data.dtype == np.float32
+    assert p.data[0] == 2 - lr
+
+
+def test_an_eps_that_is_0_in_the_dtype_of_the_parameters_is_refused():
+    with pytest.raises(
+        ValueError, match="Adam: eps must be above 0 in the float32 of the parameters, where 1e-46 is 0"
+    ):
+        Adam([parameter(1.0, np.float32)], eps=1e-46)
+    for dtype, eps in ((np.float32, 1e-44), (np.float64, 1e-46)):
+        p = parameter(1.0, dtype)
+        Adam([p], eps=eps).step()  # a gradient of 0
+        assert p.data[0] == 1
+
+
+def replace_grad(w):
+    w.grad = w.grad + 1
+
+
+def lose_grad(w):
+    w.grad = None
+
+
+def replace_data(w):
+    w.data = w.data - 1
+
+
+@pytest.mark.parametrize("method", ["step", "zero_grad"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            replace_grad,
+            r"the grad of params\[1\], .* was replaced: add into it in place, w\.grad \+= g or w\.grad\[\.\.\.\] = g",
+        ),
+        (lose_grad, r"the grad of params\[1\], .* was replaced: add into it in place"),
+        (replace_data, r"the data of params\[1\], of shape \(2,\), was replaced: write into it, w\.data\[\.\.\.\] = x"),
+    ],
+)
+def test_an_array_that_was_replaced_is_told_from_a_parameter_that_was_moved(rng, change, message, method):
+    model = Linear(3, 2, rng=rng)
+    optimizer = SGD(model.parameters(), lr=1.0)
+    change(model.bias)
+    with pytest.raises(RuntimeError, match="SGD: " + message):
+        getattr(optimizer, method)()
 
 
 def test_an_average_of_three_steps_by_hand():
