@@ -335,35 +335,6 @@ def test_evaluate_with_mirror_images(checkpoint):
     assert out.startswith(f"500 images, loss {loss:.4f}, accuracy {accuracy:.2%}\n")
 
 
-def test_predict_names_the_three_most_probable_classes(checkpoint, tmp_path):
-    image = pytest.importorskip("PIL.Image").fromarray(load_sample().test_images[0])
-    image.save(tmp_path / "small.png")
-    image.resize((90, 60)).convert("L").save(tmp_path / "grey.jpg")
-    code, out, err = run("predict.py", checkpoint, tmp_path / "small.png", tmp_path / "grey.jpg")
-    assert code == 0, err
-    lines = out.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith(f"{tmp_path / 'small.png'}: ")
-    percentages = [float(part.split()[-1].rstrip("%")) for part in lines[0].split(": ")[1].split(", ")]
-    assert len(percentages) == 3
-    assert percentages == sorted(percentages, reverse=True)
-
-
-def test_pictures_of_every_kind_become_the_pixels_they_show(tmp_path):
-    Image = pytest.importorskip("PIL.Image")
-    from predict import read_image
-
-    grey = np.full((32, 32), 128)
-    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "16 bits.png")
-    Image.fromarray(grey.astype(np.uint8)).convert("P").save(tmp_path / "palette.png")
-    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "transparent.png")
-    Image.fromarray(load_sample().test_images[0]).save(tmp_path / "as it is.png")
-    assert (read_image(tmp_path / "16 bits.png") == 128).all()
-    assert (read_image(tmp_path / "palette.png") == 128).all()
-    assert (read_image(tmp_path / "transparent.png") == 255).all()
-    np.testing.assert_array_equal(read_image(tmp_path / "as it is.png"), load_sample().test_images[0])
-
-
 def test_a_network_with_other_classes_is_refused(tmp_path):
     path = tmp_path / "five.safetensors"
     save_weights(path, ResNet((1,), (8,), num_classes=5))
@@ -400,16 +371,6 @@ def test_logits_that_are_not_finite_are_told_in_one_line(script, tmp_path):
         f"error: {path} gives logits that are not finite for {count} of {count} images: its weights are too large to "
         "compute with, name another one\n"
     )
-
-
-def test_a_picture_that_is_none_is_named(checkpoint, tmp_path):
-    pytest.importorskip("PIL.Image")
-    (tmp_path / "note.png").write_text("no picture")
-    code, _, err = run("predict.py", checkpoint, tmp_path / "note.png")
-    assert code == 2
-    assert err.startswith(f"error: {tmp_path / 'note.png'} is no picture that Pillow can read")
-    code, _, err = run("predict.py", checkpoint, tmp_path / "none.png")
-    assert (code, err) == (2, f"error: {tmp_path / 'none.png'} is missing; expected a PNG or JPEG file\n")
 
 
 def test_gradcheck_prints_a_row_for_every_layer_and_the_network():
