@@ -33,7 +33,6 @@ from minires.evaluation import averaged_weights, evaluate
 from minires.kernels import gpu
 from minires.training import Run, UsageError, load_model
 from minires.training.arguments import read_data
-from minires.training.folder import RESULT
 from minires.training.output import draw
 from minires.training.script import run_script
 from minires.training.weights import WEIGHTS
@@ -236,7 +235,7 @@ def main():
             if run.resumed:
                 args = resumed(args, given, run.settings)
             if run.finished:
-                print(f"the run in {run.folder} is finished, see {run.folder / RESULT}")
+                print(f"the run in {run.folder} is finished, see {run.folder / 'result.json'}")
             else:
                 train(args, run)
     except FloatingPointError as error:

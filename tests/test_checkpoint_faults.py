@@ -108,6 +108,7 @@ def run_folders(tmp_path):
         yield name, folder, 2 if name == "two" else 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_each_system_call_of_a_save(tmp_path, monkeypatch):
     calls = number_of_calls(tmp_path, monkeypatch)
@@ -277,6 +278,7 @@ def outcome(load, path, data):
     return text
 
 
+@pytest.mark.slow
 def test_each_byte_of_a_checkpoint_flipped(tmp_path):
     save(tmp_path, 1)
     data = (tmp_path / CHECKPOINT).read_bytes()
@@ -290,6 +292,7 @@ def test_each_byte_of_a_checkpoint_flipped(tmp_path):
     assert refused > 0.95 * 4 * len(data)  # what is not, is space between the header's words
 
 
+@pytest.mark.slow
 def test_each_byte_of_a_model_flipped(tmp_path):
     path = tmp_path / "model"
     model = ResNet((1,), (1,), num_classes=2)
@@ -335,6 +338,7 @@ def mutated(data, rng):
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_thousands_of_mutations_of_a_checkpoint(tmp_path, rng):
     save(tmp_path, 1)
     data = (tmp_path / CHECKPOINT).read_bytes()

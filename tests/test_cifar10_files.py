@@ -593,6 +593,7 @@ def test_a_disk_that_is_full_for_the_archive(tmp_path, monkeypatch):
 # Several processes, and killed ones
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"
 )  # NumPy has threads; the child has none

@@ -1,5 +1,6 @@
 """Pictures are drawn where matplotlib is installed."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 
 from minires.plots import plot_curves, plot_images, plot_runs
 
-pytest.importorskip("matplotlib")
+if importlib.util.find_spec("matplotlib") is None:
+    pytest.skip("matplotlib is not installed", allow_module_level=True)
 
 
 def test_curves_and_images_become_png_files(tmp_path):
@@ -47,6 +49,7 @@ def draw_under(backend, path, *more):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["nosuch", "module://matplotlib_inline.backend_inline", "module://nosuch.backend"])
 def test_a_backend_that_cannot_be_had_does_not_matter(tmp_path, backend):
     assert draw_under(backend, tmp_path / "runs.png") == [backend]

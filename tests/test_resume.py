@@ -143,6 +143,7 @@ def test_stopped_in_any_step(begin, go_on, whole, tmp_path, monkeypatch, capsys,
     assert content(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", ["--full-train", "--no-full-train"])
 def test_stopped_anywhere_with_averaged_weights(train, tmp_path, monkeypatch, full):
     """Momentum, the average and its statistics; the last weights of all images, or the best by validation."""
@@ -183,6 +184,7 @@ def test_best_weights_that_are_ahead_of_the_checkpoint_are_set_back(begin, go_on
     assert stopped_at(STEPS + 1, go_on) == best
 
 
+@pytest.mark.slow
 def test_averaging_and_validating_leave_the_training_as_it_is(train, tmp_path):
     def training_losses(ema):
         folder = tmp_path / ema
@@ -193,6 +195,7 @@ def test_averaging_and_validating_leave_the_training_as_it_is(train, tmp_path):
     assert training_losses("0.5") == training_losses("0")
 
 
+@pytest.mark.slow
 def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_and_tested(train, tmp_path, monkeypatch):
     """Three batches give the statistics and one is validated in each epoch; the ninth batch is the test's."""
     flags = [*FLAGS.split(), "--recipe", "fast", "--no-full-train"]
@@ -215,6 +218,7 @@ def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_an
         assert content(tmp_path / f"run {batch}") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step(begin, go_on, whole, tmp_path, monkeypatch):
     for step in range(EPOCHS * STEPS):
         with monkeypatch.context() as patch:
@@ -253,6 +257,7 @@ def test_gone_on_with_another_number_of_threads(begin, go_on, whole, tmp_path, m
     assert content(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu"), ("gpu", "gpu")])
 def test_from_one_device_to_the_other(strict_gpu, train, tmp_path, monkeypatch, capsys, first, second):
     """With the reference kernels, which serve both, the bits are the same."""
@@ -476,6 +481,7 @@ def start(*args, **kwargs):
     return start_script(SCRIPT, *args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_path, number, code):
@@ -495,6 +501,7 @@ def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_pa
     assert "test accuracy" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
     flags = ["--data", "sample", "--device", "cpu", "--batch-size", "60", "--checkpoint-every", "0"]
     process = start(*flags, "--blocks", "1", "1", "1", "1", "--out", tmp_path / "run")
@@ -569,6 +576,7 @@ def test_debug_shows_the_traceback(tmp_path):
 # The output, the disk, the folder
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_checkpoint(tmp_path):
     process = start(*FLAGS.split(), "--epochs", "3", "--out", "run", cwd=tmp_path)
     process.stdout.readline()
@@ -754,6 +762,7 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, train):
 ONE_STEP = [*FLAGS.split(), "--epochs", "1", "--limit-batches", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nosuch"])
 def test_a_backend_of_matplotlib_that_is_not_there_ends_no_run(tmp_path, backend):
     process = start(*ONE_STEP, "--out", tmp_path / "run", env=os.environ | {"MPLBACKEND": backend}, pictures=True)
@@ -771,6 +780,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_ends_no_run(tmp_path, monkey
     assert capsys.readouterr().err == f"no picture {tmp_path / 'curves.png'}: no ink\n"
 
 
+@pytest.mark.slow
 def test_a_process_without_standard_error_trains(tmp_path):
     command = [sys.executable, str(SCRIPT), *ONE_STEP, "--out", str(tmp_path / "run")]
     done = subprocess.run(["sh", "-c", shlex.join(command) + " 2>&-"], stdout=subprocess.PIPE, timeout=100)
