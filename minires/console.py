@@ -8,9 +8,9 @@ import sys
 
 
 def note(line):
-    """Print a line to standard error; a process may have none (a service, 2>&-)."""
+    """Print a line to standard error; a process may have none (a service, 2>&-), or a closed one."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             print(printable(line, sys.stderr), file=sys.stderr, flush=True)
 
 
@@ -18,6 +18,14 @@ def printable(line, stream):
     """Write what a stream's encoding lacks, such as Chinese names of folders on many consoles, as backslash escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def progress_bar(**options):
+    """Return a bar of tqdm, which shows only where standard error is a terminal."""
+    from tqdm import tqdm
+
+    shown = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    return tqdm(disable=not shown, leave=False, dynamic_ncols=True, **options)
 
 
 def command_line(words):

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import types
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def content_of(folder):
 # The command and the download, end to end
 
 
-@pytest.mark.parametrize("names", [(PYTHON,), (BINARY,), (PYTHON, BINARY)])
+@pytest.mark.parametrize("names", [(PYTHON,), (BINARY,), (PYTHON, PYTHON)])
 def test_a_download_brings_the_six_files_and_nothing_else(tmp_path, monkeypatch, names, capsys):
     with served(monkeypatch, good, names=names):
         place = download(tmp_path / "new" / "cache", **QUICK)
@@ -90,7 +91,7 @@ def test_nothing_is_downloaded_unasked(tmp_path, monkeypatch):
     with served(monkeypatch, good) as server:
         with pytest.raises(DataError, match=r"^no CIFAR-10 in .*: python -m minires\.cifar10 download brings it there"):
             cifar10.load()
-        with pytest.raises(DataError, match=r"data_batch_1\.bin is missing; python -m minires\.cifar10 download /"):
+        with pytest.raises(DataError, match=r"data_batch_1\.bin is missing; .*; python -m minires\.cifar10 download /"):
             cifar10.load(tmp_path, or_download=True)
     assert server.requests == []
 
@@ -214,13 +215,13 @@ def test_an_address_that_is_none(tmp_path, monkeypatch, url):
         download(tmp_path)
 
 
-def test_the_built_in_addresses_are_in_order(monkeypatch):
+def test_the_built_in_addresses_are_of_one_archive_the_official_one_last(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.delenv("MINIRES_CIFAR10_URL", raising=False)
-    sources = files._sources()
-    assert [source.name for source in sources] == [PYTHON] * 3 + [BINARY]
-    assert [source.size for source in sources] == [170_498_071] * 3 + [170_052_171]
-    assert all(len(source.sha256) == 64 and source.url.startswith("https://") for source in sources)
+    assert len(files.URLS) == 4
+    assert all(re.fullmatch(rf"https://.*/{PYTHON}(\?download=1)?", url) for url in files.URLS)
+    assert files.URLS[-1].startswith("https://www.cs.toronto.edu/~kriz/")
+    assert [size for size, _ in files.ARCHIVES.values()] == [170_498_071, 170_052_171]
+    assert all(len(sha256) == 64 for _, sha256 in [*files.ARCHIVES.values(), *files.OFFICIAL.values()])
 
 
 # Archives brought by hand
@@ -262,7 +263,7 @@ def with_archive(monkeypatch, content, name=PYTHON):
     [
         ({"../data_batch_1.bin": b""}, "its data_batch_1.bin is not the one of CIFAR-10, the SHA-256 is wrong"),
         (FILES | {"data_batch_2.bin": FILES["data_batch_1.bin"]}, "its data_batch_2.bin is not the one of CIFAR-10"),
-        ({name: FILES[name] for name in list(FILES)[:4]}, r"lacks data_batch_5\.bin, test_batch\.bin"),
+        ({name: FILES[name] for name in list(FILES)[:4]}, "its data_batch_5.bin is not the one of CIFAR-10"),
         (FILES | {"data_batch_1.bin": b""}, "its data_batch_1.bin is not the one of CIFAR-10, the SHA-256 is wrong"),
     ],
 )
@@ -287,7 +288,7 @@ def test_what_earlier_attempts_left_goes_once_the_six_files_are_right(tmp_path, 
     with served(monkeypatch, good):
         assert download(tmp_path, **QUICK) == place
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {*FILES, *by_hand, "mine.part", ".minires.lock"}
+    assert names - {".minires.lock"} == {*FILES, *by_hand, "mine.part"}
 
 
 def test_what_earlier_attempts_left_stays_while_a_file_is_wrong(tmp_path, monkeypatch):
@@ -308,7 +309,7 @@ def test_no_archive_is_opened_before_its_checksum_is_right(tmp_path, monkeypatch
     archives = small.constants(FILES, {PYTHON: pickles, BINARY: pickles})["ARCHIVES"]
     wrong = {name: (size, PACKED_SHA256[name]) for name, (size, _) in archives.items()}
     monkeypatch.setattr(files, "ARCHIVES", wrong)
-    for opening in ("tarfile.open", "pickle.loads"):
+    for opening in ("tarfile.open", "pickle.load"):
         monkeypatch.setattr(f"minires.cifar10.files.{opening}", lambda *_, **__: pytest.fail("it was opened"))
     for name in (PYTHON, BINARY):
         folder = put(tmp_path / name, {name: pickles})
@@ -322,28 +323,38 @@ def test_no_archive_is_opened_before_its_checksum_is_right(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_every_form_of_tar_will_do(tmp_path, form):
-    with tarfile.open(tmp_path / "a.tar.gz", mode="w:gz", format=form, pax_headers={"comment": "x" * 600}) as tar:
+def test_every_form_of_tar_will_do(tmp_path, monkeypatch, form):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz", format=form, pax_headers={"comment": "x" * 600}) as tar:
         for name, content in FILES.items():
             info = tarfile.TarInfo(f"./a/{name}")
             info.size, info.mtime, info.uname = len(content), 1234567890.5, "kriz"
             tar.addfile(info, io.BytesIO(content))
-    assert dict(files.read_archive(tmp_path / "a.tar.gz")) == FILES
+    put(tmp_path, {PYTHON: with_archive(monkeypatch, packed.getvalue())})
+    assert files.read_archive(tmp_path / PYTHON) == FILES
+
+
+def test_names_in_an_archive_lead_nowhere(tmp_path, monkeypatch):
+    """Members are found by the last part of their names and written to their own places, whatever their paths say."""
+    packed = small.tar_gz(FILES | {"../../escaped": b"x", "/tmp/escaped": b"x"}, "../..")
+    put(tmp_path / "data", {BINARY: with_archive(monkeypatch, packed, BINARY)})
+    assert content_of(download(tmp_path / "data")) == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("name", [PYTHON, BINARY])
 def test_both_archives_give_the_same_files(tmp_path, name):
     (tmp_path / name).write_bytes(PACKED[name])
-    assert dict(files.read_archive(tmp_path / name)) == FILES
+    assert files.read_archive(tmp_path / name) == FILES
 
 
-def test_an_array_stored_by_columns_is_read_by_columns(tmp_path):
+def test_an_array_stored_by_columns_is_read_by_columns(tmp_path, monkeypatch):
     content = FILES["test_batch.bin"]
     pixels = np.frombuffer(content, np.uint8).reshape(-1, 3073)[:, 1:]
     by_columns = small.pickle_of(content).replace(b"tb\x89T", b"tb\x88T")
     by_columns = by_columns.replace(pixels.tobytes(), pixels.tobytes(order="F"))
-    (tmp_path / "a").write_bytes(small.tar_gz({"test_batch": by_columns}))
-    assert dict(files.read_archive(tmp_path / "a")) == {"test_batch.bin": content}
+    put(tmp_path, {PYTHON: with_archive(monkeypatch, small.tar_gz({"test_batch": by_columns}))})
+    assert files.read_archive(tmp_path / PYTHON) == {"test_batch.bin": content}
 
 
 # What lies in the folder already
@@ -395,8 +406,8 @@ def test_every_byte_of_a_file_counts(tmp_path):
     with open(path, "r+b", buffering=0) as file:
         for place in range(len(content)):
             os.pwrite(file.fileno(), bytes([content[place] ^ 1]), place)
-            with pytest.raises(DataError, match=r"data_batch_1\.bin (is damaged|has the label)"):
-                files.read_records(path, small.RECORDS, files.SHA256[path.name])
+            with pytest.raises(DataError, match=r"data_batch_1\.bin is damaged"):
+                files.read(tmp_path, {path.name: files.OFFICIAL[path.name]})
             os.pwrite(file.fileno(), content[place : place + 1], place)
     verify(tmp_path)
 
@@ -408,8 +419,8 @@ def test_thousands_of_mutated_files_are_refused(tmp_path):
             os.pwrite(file.fileno(), content, 0)
             os.ftruncate(file.fileno(), len(content))
             with pytest.raises(DataError) as error:
-                files.read_records(path, small.RECORDS, files.SHA256[path.name])
-            assert str(error.value).startswith(str(path))
+                files.read(tmp_path, {path.name: files.OFFICIAL[path.name]})
+            assert str(error.value).startswith(f"{tmp_path}: {path.name} ")
             assert "\n" not in str(error.value)
 
 
@@ -420,7 +431,7 @@ def test_thousands_of_mutated_archives_are_refused(tmp_path):
             os.pwrite(file.fileno(), content, 0)
             os.ftruncate(file.fileno(), len(content))
             with pytest.raises(DataError, match=r"has .* bytes, expected|is damaged, its SHA-256 is wrong"):
-                files._archive_by_hand(tmp_path)
+                files.read_archive(path)
 
 
 def test_a_huge_file_is_not_read(tmp_path):
@@ -544,6 +555,12 @@ def test_too_little_space_is_known_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SPACE", 1 << 60)
     with pytest.raises(DownloadError, match=rf"^{tmp_path}: only [\d]+ MB are free; CIFAR-10 needs .* MB free"):
         download(tmp_path)
+
+
+def test_a_disk_that_does_not_tell_its_size_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: types.SimpleNamespace(total=0, free=0))
+    with served(monkeypatch, good):
+        assert content_of(download(tmp_path, **QUICK)) == FILES
 
 
 @pytest.mark.parametrize("written", [*range(0, 37_000, 4_000)])
@@ -716,7 +733,18 @@ def test_names_that_the_console_lacks_are_printed_with_backslashes(tmp_path, enc
     assert r"\u6570\u636e does not exist" in run.stderr
 
 
-def test_a_download_without_standard_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_download_without_standard_error(tmp_path, monkeypatch, closed):
+    stream = io.StringIO() if closed else None
+    if closed:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
     with served(monkeypatch, good):
         assert content_of(download(tmp_path, **QUICK)) == FILES
+
+
+def test_a_folder_that_can_be_entered_but_not_listed_will_do():
+    with folder_of_root() as (folder, drop_rights):
+        put(folder).chmod(0o711)
+        drop_rights()
+        assert verify(folder) == folder

