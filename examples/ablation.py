@@ -7,7 +7,7 @@
 
 All other options go to train_cifar.py, for every variant that does not set them itself. Each run has a folder of its
 own, OUT/VARIANT/seed-N. A run that is there is not made again: the study can be stopped at any time (after Ctrl-C and
-SIGTERM the run at hand writes a checkpoint) and goes on with the same command, and with more seeds or variants it takes
+SIGTERM the current run writes a checkpoint) and resumed by the same command, and with more seeds or variants it takes
 over what it has. OUT/table.md and, with matplotlib, OUT/ablation.png are made anew after each run, of all the runs of
 the study that are there.
 
@@ -27,10 +27,11 @@ import sys
 
 import numpy as np
 
+from minires.console import note
 from minires.training import UsageError
 from minires.training.arguments import at_least, folder
 from minires.training.folder import RESULT, SETTINGS, read_settings
-from minires.training.output import draw, note
+from minires.training.output import draw
 from minires.training.script import run_script
 from minires.training.signals import ending_signals
 from minires.training.storage import write_atomically
@@ -45,7 +46,7 @@ STUDIES = {
     "report": {  # the story of the report's method section, one step away from its network and its recipe
         "report": [],
         "blocks 1 1 1 1": ["--blocks", "1", "1", "1", "1"],
-        "plain, without sums": ["--no-shortcut"],
+        "plain, without shortcuts": ["--no-shortcut"],
         "no BatchNorm": ["--no-batch-norm"],
         "no dropout": ["--dropout", "0"],
         "no augmentation": ["--crop", "0", "--flip", "none"],
@@ -167,7 +168,7 @@ def check_settings(folder, asked):
 
 
 def train(args, variant, seed):
-    """Make a run; one that was cut off goes on. Return its exit code."""
+    """Make a run; one that was cut off is resumed. Return its exit code."""
     folder, options = folder_of(args, variant, seed), options_of(args, variant, seed)
     if not (folder / SETTINGS).exists():
         return call([sys.executable, TRAIN, *options, "--out", folder])

@@ -12,6 +12,7 @@ from minires import augment, plots
 from minires.cifar10 import load_sample
 from minires.training.arguments import at_least
 from minires.training.script import run_script
+from minires.trivial_augment import OPERATIONS, change, trivial_augment
 
 
 def main():
@@ -35,10 +36,10 @@ def main():
         "flip": images[:, :, ::-1],
         "cutout 8": augment.cutout(images, key=1, epoch=1, size=8),
     }
-    for i, operation in enumerate(augment.OPERATIONS[1:], start=1):
+    for i, operation in enumerate(OPERATIONS[1:], start=1):
         settings = (np.array([value]) for value in (i, args.strength, 1 if operation in ("color", "rotate") else 0))
-        pictures[operation] = augment.change(images, *settings)
-    pictures["TrivialAugment\nand cutout"] = augment.cutout(augment.trivial_augment(images, 2, 1), 2, 1, size=16)
+        pictures[operation] = change(images, *settings)
+    pictures["TrivialAugment\nand cutout"] = augment.cutout(trivial_augment(images, 2, 1), 2, 1, size=16)
     plots.plot_images(np.concatenate(list(pictures.values())), list(pictures), args.out, columns=9)
 
 

@@ -15,8 +15,10 @@ from minires import (
     Bias2d,
     Conv2d,
     Dropout,
+    Flatten,
     GlobalAvgPool2d,
     Linear,
+    MaxPool2d,
     ReLU,
     ResNet,
     SoftmaxCrossEntropy,
@@ -35,7 +37,10 @@ def main():
         ("ReLU", ReLU(), images),
         ("Dropout, p 0.3", Dropout(0.3, rng=rng), images),
         ("Linear", Linear(20, 10, rng=rng), rng.standard_normal((8, 20))),
+        ("Flatten", Flatten(), images),
         ("GlobalAvgPool2d", GlobalAvgPool2d(), images),
+        ("MaxPool2d 2x2", MaxPool2d(2), images),
+        ("MaxPool2d 3x3, stride 2", MaxPool2d(3, stride=2), images),
         ("BatchNorm2d", BatchNorm2d(6), images),
         ("BatchNorm2d with ReLU", BatchNorm2d(6, relu=True), images),
         ("Bias2d with ReLU", Bias2d(6, relu=True), images),
@@ -45,7 +50,7 @@ def main():
         ("BasicBlock", BasicBlock(6, 6, rng=rng), images),
         ("BasicBlock with projection", BasicBlock(6, 8, stride=2, rng=rng), images),
         ("SoftmaxCrossEntropy", SoftmaxCrossEntropy(0.1), rng.standard_normal((8, 10)), rng.integers(0, 10, 8)),
-        ("ResNet, 4,977,226 parameters", ResNet(), rng.standard_normal((2, 32, 32, 3))),
+        ("ResNet, 4,977,226 parameters", ResNet(), rng.standard_normal((2, 16, 16, 3))),
     ]
     print(f"{'layer':<30} {'gradients':>9}  {'largest error':>13}  of")
     for title, layer, *inputs in checks:

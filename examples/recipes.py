@@ -1,15 +1,15 @@
-"""What can be asked of train_cifar.py: the recipes, their ingredients, and the flags of a run that goes on."""
+"""What can be asked of train_cifar.py: the recipes, their ingredients, and the flags of a run that is resumed."""
 
 import argparse
 
 import minires
 from minires import kernels
 from minires.backend import gpu_library
+from minires.console import note
 from minires.kernels import gpu
 from minires.training import UsageError
 from minires.training.arguments import at_least, data_folder, folder, not_negative, positive, probability
 from minires.training.folder import SETTINGS
-from minires.training.output import note
 
 SCHEDULES = {
     "constant": minires.constant,
@@ -126,7 +126,7 @@ def make_parser():
     add("--no-batch-norm", action="store_true", help="the network without normalisation")
     add("--no-augment", action="store_true", help="no crop, flip, cutout and TrivialAugment but what is given")
     add("--checkpoint-every", type=not_negative, default=10, metavar="MINUTES", help="default 10; 0: after each step")
-    add("--resume", type=folder, metavar="RUN_FOLDER", help="go on with a run, with the flags it was begun with")
+    add("--resume", type=folder, metavar="RUN_FOLDER", help="resume a run, with the flags it was begun with")
     add("--debug", action="store_true", help="errors with a traceback; on a GPU a look for NaN at each step")
     add("--recipe", choices=list(RECIPES), default="report", help="sets all that follows; default report")
 
@@ -201,7 +201,7 @@ def choose_precision(args, device):
 
 
 def resumed(args, given, config):
-    """Return the flags of a run that goes on: those it was begun with, and the free ones as they are given now.
+    """Return the flags of a run that is resumed: those it was begun with, and the free ones as they are given now.
 
     Raises      UsageError if others are given, or if what the run says of its flags cannot be
     """

@@ -26,17 +26,17 @@ import numpy as np
 
 import minires
 from minires import cifar10
-from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip, trivial_augment
+from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip
 from minires.backend import choose_device, memory_shortage, to_device
 from minires.batches import Batches
 from minires.evaluation import averaged_weights, evaluate
 from minires.kernels import gpu
 from minires.training import Run, UsageError, load_model
 from minires.training.arguments import read_data
-from minires.training.folder import RESULT
 from minires.training.output import draw
 from minires.training.script import run_script
 from minires.training.weights import WEIGHTS
+from minires.trivial_augment import trivial_augment
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
 from recipes import FREE_IN_A_RESUMED_RUN, SCHEDULES, choose_precision, parse_arguments, resumed
@@ -235,7 +235,7 @@ def main():
             if run.resumed:
                 args = resumed(args, given, run.settings)
             if run.finished:
-                print(f"the run in {run.folder} is finished, see {run.folder / RESULT}")
+                print(f"the run in {run.folder} is finished, see {run.folder / 'result.json'}")
             else:
                 train(args, run)
     except FloatingPointError as error:

@@ -5,15 +5,17 @@ The names below are in reading order: each file uses only files that come before
 
 from minires import backend, rng, kernels  # noqa: I001  (reading order, not the alphabet's)
 from minires.module import Buffer, Module, Parameter, Sequential
-from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU
+from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, Flatten, GlobalAvgPool2d, Linear, MaxPool2d, ReLU
 from minires.loss import SoftmaxCrossEntropy
-from minires.optim import SGD, Adam, WeightAverage, constant, cosine, one_cycle, triangular
 from minires.resnet import BasicBlock, ResNet
-from minires.summary import summary
 from minires.gradcheck import check_gradients
+from minires.optim import SGD, Adam, WeightAverage
+from minires.schedules import constant, cosine, one_cycle, triangular
+from minires.summary import summary
 from minires import augment
 from minires.batches import Batches
 from minires.evaluation import evaluate, predict_logits
+from minires import cifar10
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -26,12 +28,17 @@ __all__ = [  # noqa: RUF022
     "Sequential",
     "ReLU",
     "Dropout",
+    "Flatten",
     "Linear",
     "GlobalAvgPool2d",
+    "MaxPool2d",
     "BatchNorm2d",
     "Bias2d",
     "Conv2d",
     "SoftmaxCrossEntropy",
+    "BasicBlock",
+    "ResNet",
+    "check_gradients",
     "SGD",
     "Adam",
     "WeightAverage",
@@ -39,28 +46,24 @@ __all__ = [  # noqa: RUF022
     "cosine",
     "one_cycle",
     "triangular",
-    "BasicBlock",
-    "ResNet",
     "summary",
-    "check_gradients",
-    "cifar10",
     "augment",
     "Batches",
     "evaluate",
     "predict_logits",
+    "cifar10",
     "pretrained",
 ]
 
 
-def __getattr__(name):
-    """Import what is no mathematics when it is first asked for.
+def pretrained():
+    """Return the network with the weights that come with minires, in evaluation mode, on the CPU, in float32.
 
-    `python -m minires.cifar10` must not find itself already there, and `pretrained` needs more than NumPy.
+    weights/README.md tells how they were made, how good they are and who may use them.
+
+    Limits      ten classes, those of `cifar10.CLASSES`; images of 32x32 pixels, normalised by `cifar10.MEAN` and STD
+    Raises      CheckpointError for a file that is missing or not the one that was published
     """
-    import importlib
+    from minires.training.weights import load_published  # which needs more than NumPy
 
-    if name == "cifar10":
-        return importlib.import_module("minires.cifar10")
-    if name == "pretrained":
-        return importlib.import_module("minires.training.weights").pretrained
-    raise AttributeError(f"module 'minires' has no attribute {name!r}")
+    return load_published()[0]

@@ -24,7 +24,12 @@ class GPUError(RuntimeError):
 
 
 def array_module(x):
-    """Return the library, NumPy or CuPy, that the array x belongs to: the top package of its type."""
+    """Return the library, NumPy or CuPy, that the array x belongs to: the top package of its type.
+
+    A subclass of NumPy's array is NumPy's, wherever it is defined: np.memmap, for one, which reads from a file.
+    """
+    if isinstance(x, np.ndarray):
+        return np
     return sys.modules[type(x).__module__.partition(".")[0]]
 
 

@@ -72,9 +72,9 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
     dout_there, dout_before = to_device(dout, device), dout.copy()
     gradients = {"x": worker.backward(dout_there)}
     same = [np.array_equal(to_numpy(a), b) for a, b in ((x_there, x_before), (dout_there, dout_before))]
-    assert same[0], f"{title}: forward or backward changed x, which belongs to the caller"
-    assert same[1], f"{title}: backward changed dout, which belongs to the caller"
-    assert gradients["x"].shape == x.shape, f"{title}: dx has shape {gradients['x'].shape}, x has {x.shape}"
+    require(same[0], f"{title}: forward or backward changed x, which belongs to the caller")
+    require(same[1], f"{title}: backward changed dout, which belongs to the caller")
+    require(gradients["x"].shape == x.shape, f"{title}: dx has shape {gradients['x'].shape}, x has {x.shape}")
     if isinstance(layer, Module):
         gradients |= {name: parameter.grad for name, parameter in worker.named_parameters()}
         check_that_gradients_add_up(title, layer, worker, x_there, args, dout_there)
@@ -99,8 +99,14 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
                 f"the gradient of {name} is wrong: along a random direction the backward says {claim:.6g}, the forward "
                 f"does {truth:.6g} (relative error {errors[name]:.2g}, tolerance {tolerance:.2g})"
             )
-    assert not complaints, f"{title}: " + "; ".join(complaints)
+    require(not complaints, f"{title}: " + "; ".join(complaints))
     return errors
+
+
+def require(condition, message):
+    """Raise AssertionError with the message unless the condition holds: an assert would vanish under python -O."""
+    if not condition:
+        raise AssertionError(message)
 
 
 def check_that_gradients_add_up(title, layer, worker, x, args, dout):
@@ -108,15 +114,17 @@ def check_that_gradients_add_up(title, layer, worker, x, args, dout):
     second = copy.deepcopy(layer)
     pairs = list(zip(worker.named_parameters(), second.parameters(), strict=True))
     for (name, once), twice in pairs:
-        assert once.grad.shape == once.data.shape, (
-            f"{title}: the gradient of {name} has shape {once.grad.shape}, {name} has {once.data.shape}"
+        require(
+            once.grad.shape == once.data.shape,
+            f"{title}: the gradient of {name} has shape {once.grad.shape}, {name} has {once.data.shape}",
         )
         twice.grad = once.grad.copy()
     second.forward(x, *args)
     second.backward(dout)
     for (name, once), twice in pairs:
-        assert np.allclose(to_numpy(twice.grad), 2 * to_numpy(once.grad), rtol=1e-6), (
-            f"{title}: backward sets the gradient of {name}; it should add to it"
+        require(
+            np.allclose(to_numpy(twice.grad), 2 * to_numpy(once.grad), rtol=1e-6),
+            f"{title}: backward sets the gradient of {name}; it should add to it",
         )
 
 

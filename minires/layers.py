@@ -28,16 +28,16 @@ class ReLU(Module):
 
     def backward(self, dout):
         (out,) = self._take_cache()
-        _check_dout(self, dout, out.shape)
+        _check_dout(self, dout, out.shape, out.dtype)
         return kernels_for(dout).relu_backward(dout, out)
 
 
 class Dropout(Module):
     """In training, set each element to 0 with probability p and scale the others by 1 / (1 - p).
 
-    The mask is a function of `key`, drawn once from rng, and of `step`, which counts the training passes. To go on with
-    a run where it was left, set `step`. On a GPU it is kept there, as an array without axes: a recorded pass (see
-    kernels/gpu.py) counts on by itself.
+    The mask is a function of `key`, drawn once from rng, and of `step`, which counts the training passes. To resume a
+    run where it was left, set `step`. On a GPU it is kept there, as a 0-d array: a recorded pass (see kernels/gpu.py)
+    counts on by itself.
 
     Cached      the step, from which backward draws the mask again, and the shape of x
     Modes       in evaluation the identity
@@ -56,18 +56,40 @@ class Dropout(Module):
 
     def forward(self, x):
         if not self.training or self.p == 0:
-            self._keep(None, x.shape)
+            self._keep(None, x.shape, x.dtype)
             return x
         xp = array_module(x)
         self.step = int(self.step) if xp is np else xp.asarray(self.step, dtype="uint64")
         self.step += 1  # in place if it is an array; backward comes before the next forward, so it finds the same
-        self._keep(self.step, x.shape)
+        self._keep(self.step, x.shape, x.dtype)
         return kernels_for(x).dropout_forward(x, self.p, self.key, self.step)
 
     def backward(self, dout):
-        step, x_shape = self._take_cache()
-        _check_dout(self, dout, x_shape)
+        step, x_shape, dtype = self._take_cache()
+        _check_dout(self, dout, x_shape, dtype)
         return dout if step is None else kernels_for(dout).dropout_backward(dout, self.p, self.key, step)
+
+
+class Flatten(Module):
+    """Lay all numbers of an image side by side, as Linear takes them: the identity, in another shape.
+
+    The order is that of memory: row by row, pixel by pixel, and of a pixel channel by channel. PyTorch's images are
+    channels first, so there all of a channel comes before the next one. A weight of PyTorch's Linear that stood behind
+    a Flatten, (K, C*H*W), has its columns brought into the order here by
+        weight.reshape(K, C, H, W).transpose(0, 2, 3, 1).reshape(K, -1)
+
+    Shapes      x (N, H, W, C), or any other  ->  out (N, H*W*C)
+    Cached      the shape of x
+    """
+
+    def forward(self, x):
+        self._keep(x.shape, x.dtype)
+        return x.reshape(len(x), math.prod(x.shape[1:]))
+
+    def backward(self, dout):
+        x_shape, dtype = self._take_cache()
+        _check_dout(self, dout, (x_shape[0], math.prod(x_shape[1:])), dtype)
+        return dout.reshape(x_shape)
 
 
 class Linear(Module):
@@ -75,14 +97,14 @@ class Linear(Module):
 
     Shapes      x (N, in_features)  ->  out (N, out_features)
     Cached      x: its own gradient needs only the weights, the weights' gradient needs x
-    Limits      two dimensions; flatten images first
+    Limits      two dimensions; flatten images first, with `Flatten` or a pooling
     Raises      ValueError for sizes below 1, and for an x of another width or dtype
     Source      PyTorch's Linear, its initialisation included: uniform within 1 / sqrt(in_features). Here weight is
                 stored (in, out), so that the forward pass is one product without a transpose
     """
 
     def __init__(self, in_features, out_features, bias=True, *, rng=None):
-        _check_whole("Linear", in_features=in_features, out_features=out_features)
+        _check_integers("Linear", in_features=in_features, out_features=out_features)
         rng = np.random.default_rng(rng)
         self.in_features, self.out_features = in_features, out_features
         bound = 1 / math.sqrt(in_features)
@@ -99,7 +121,7 @@ class Linear(Module):
 
     def backward(self, dout):
         (x,) = self._take_cache()
-        _check_dout(self, dout, (len(x), self.out_features))
+        _check_dout(self, dout, (len(x), self.out_features), x.dtype)
         dx, dweight, dbias = kernels_for(dout).linear_backward(dout, x, self.weight.data)
         self.weight.grad += dweight
         if self.bias:
@@ -118,20 +140,50 @@ class GlobalAvgPool2d(Module):
     def forward(self, x):
         if x.ndim != 4:
             raise ValueError(f"GlobalAvgPool2d expects (N, H, W, C), got {x.shape}")
-        self._keep(x.shape)
+        self._keep(x.shape, x.dtype)
         return kernels_for(x).global_avg_pool2d_forward(x)
 
     def backward(self, dout):
-        (x_shape,) = self._take_cache()
-        _check_dout(self, dout, (x_shape[0], x_shape[3]))
+        x_shape, dtype = self._take_cache()
+        _check_dout(self, dout, (x_shape[0], x_shape[3]), dtype)
         return kernels_for(dout).global_avg_pool2d_backward(dout, x_shape)
+
+
+class MaxPool2d(Module):
+    """Keep the largest number that each window shows, channel by channel; the window moves by stride pixels.
+
+    Shapes      x (N, H, W, C)  ->  out (N, oh, ow, C), oh = (H - kernel_size) // stride + 1, and ow likewise
+    Cached      x and out, which the layers on both sides keep anyway
+    Limits      square windows, no padding; pixels at the far edges that fill no window are left out
+    Args        kernel_size, stride: pixels, at least 1; without a stride it is kernel_size, and windows do not overlap
+    Raises      ValueError for sizes that are no such numbers, and for an x of another shape, or smaller than the window
+    Source      PyTorch's MaxPool2d, its ties included: the first of several largest pixels gets all of the gradient
+    """
+
+    def __init__(self, kernel_size, stride=None):
+        stride = kernel_size if stride is None else stride
+        _check_integers("MaxPool2d", kernel_size=kernel_size, stride=stride)
+        self.kernel_size, self.stride = kernel_size, stride
+
+    def forward(self, x):
+        if x.ndim != 4:
+            raise ValueError(f"MaxPool2d expects (N, H, W, C), got {x.shape}")
+        _check_window(self, x, 0)
+        out = kernels_for(x).max_pool2d_forward(x, (self.kernel_size, self.kernel_size), self.stride)
+        self._keep(x, out)
+        return out
+
+    def backward(self, dout):
+        x, out = self._take_cache()
+        _check_dout(self, dout, out.shape, x.dtype)
+        return kernels_for(dout).max_pool2d_backward(dout, x, out, (self.kernel_size, self.kernel_size), self.stride)
 
 
 class BatchNorm2d(Module):
     """Give every channel mean 0 and variance 1, then a scale and a shift that are learned.
 
-    In a residual network a sum and a ReLU follow. Both can be handed to this layer, which lets a fast kernel do all
-    three in one pass over memory:
+    In a residual network the sum with the shortcut and a ReLU follow. Both can be handed to this layer, which lets a
+    fast kernel do all three in one pass over memory:
         BatchNorm2d(C)(x)                          x_hat weight + bias
         BatchNorm2d(C, relu=True)(x)               max(x_hat weight + bias, 0)
         BatchNorm2d(C, relu=True)(x, residual)     max(x_hat weight + bias + residual, 0)
@@ -149,9 +201,11 @@ class BatchNorm2d(Module):
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, *, relu=False):
-        _check_whole("BatchNorm2d", num_features=num_features)
-        if not (eps >= 0 and 0 <= momentum <= 1):
-            raise ValueError(f"BatchNorm2d: eps must be at least 0 and momentum from 0 to 1, got {eps} and {momentum}")
+        _check_integers("BatchNorm2d", num_features=num_features)
+        if not (np.float32(eps) > 0 and 0 <= momentum <= 1):  # else a constant channel would be 0 / 0
+            raise ValueError(
+                f"BatchNorm2d: eps must be above 0 in float32 and momentum from 0 to 1, got {eps} and {momentum}"
+            )
         self.num_features, self.eps, self.momentum, self.relu = num_features, float(eps), float(momentum), relu
         self.weight = Parameter(np.ones(num_features, np.float32))
         self.bias = Parameter(np.zeros(num_features, np.float32))
@@ -162,28 +216,32 @@ class BatchNorm2d(Module):
         _check_images(self, x, self.num_features)
         _check_residual(self, x, residual)
         kernels = kernels_for(x)
-        if not self.training:
-            mean, var = self.running_mean.data, self.running_var.data
-            return kernels.batch_norm_inference(
-                x, self.weight.data, self.bias.data, mean, var, self.eps, residual, self.relu
-            )
-        M = x.size // self.num_features
-        if M < 2:
-            raise ValueError(f"BatchNorm2d needs more than one value in a channel to train, got x of shape {x.shape}")
-        out, mean, var = kernels.batch_norm_forward(x, self.weight.data, self.bias.data, self.eps, residual, self.relu)
-        kernels.update_running_statistics(self.running_mean.data, self.running_var.data, mean, var, self.momentum, M)
+        running = self.running_mean.data, self.running_var.data
+        if self.training:
+            M = x.size // self.num_features
+            if M < 2:
+                raise ValueError(
+                    f"BatchNorm2d needs more than one value in a channel to train, got x of shape {x.shape}"
+                )
+            mean, var = kernels.batch_norm_statistics(x)
+            kernels.update_running_statistics(*running, mean, var, self.momentum, M)
+        else:
+            mean, var = running
+        out = kernels.batch_norm_add_relu_forward(
+            x, self.weight.data, self.bias.data, mean, var, self.eps, residual, self.relu
+        )
         self._keep(x, out if self.relu else None, mean, var, residual is not None)
         return out
 
     def backward(self, dout):
         x, out, mean, var, has_residual = self._take_cache()
-        _check_dout(self, dout, x.shape)
-        dx, dweight, dbias, dresidual = kernels_for(dout).batch_norm_backward(
-            dout, x, out, self.weight.data, mean, var, self.eps, self.relu, has_residual
-        )
-        self.weight.grad += dweight
-        self.bias.grad += dbias
-        return (dx, dresidual) if has_residual else dx
+        _check_dout(self, dout, x.shape, x.dtype)
+        kernels = kernels_for(dout)
+        dout, dweight, dbias = kernels.batch_norm_add_relu_backward_sums(dout, x, out, mean, var, self.eps)
+        dx = kernels.batch_norm_backward(dout, x, self.weight.data, mean, var, self.eps, dweight, dbias)
+        self.weight.grad += dweight.astype(self.weight.grad.dtype, copy=False)  # sums may be float64 up to here
+        self.bias.grad += dbias.astype(self.bias.grad.dtype, copy=False)
+        return (dx, dout) if has_residual else dx
 
 
 class Bias2d(Module):
@@ -198,7 +256,7 @@ class Bias2d(Module):
     """
 
     def __init__(self, num_features, *, relu=False):
-        _check_whole("Bias2d", num_features=num_features)
+        _check_integers("Bias2d", num_features=num_features)
         self.num_features, self.relu = num_features, relu
         self.bias = Parameter(np.zeros(num_features, np.float32))
 
@@ -206,12 +264,12 @@ class Bias2d(Module):
         _check_images(self, x, self.num_features)
         _check_residual(self, x, residual)
         out = kernels_for(x).add_and_relu(x + self.bias.data.astype(x.dtype), residual, self.relu)
-        self._keep(x.shape, out if self.relu else None, residual is not None)
+        self._keep(x.shape, x.dtype, out if self.relu else None, residual is not None)
         return out
 
     def backward(self, dout):
-        x_shape, out, has_residual = self._take_cache()
-        _check_dout(self, dout, x_shape)
+        x_shape, dtype, out, has_residual = self._take_cache()
+        _check_dout(self, dout, x_shape, dtype)
         kernels = kernels_for(dout)
         dx = kernels.relu_backward(dout, out) if self.relu else dout
         self.bias.grad += kernels.sum_over_rows(dx)
@@ -219,7 +277,7 @@ class Bias2d(Module):
 
 
 class Conv2d(Module):
-    """A convolution (in the field's sense: a correlation) of images with learned windows.
+    """A convolution (in the field's sense: a correlation) of images with learned filters.
 
     Backward    backward(dout, need_dx=False) leaves out the gradient of x and returns None, for a first layer
     Shapes      x (N, H, W, in_channels)  ->  out (N, oh, ow, out_channels),
@@ -230,16 +288,19 @@ class Conv2d(Module):
     Args        kernel_size, stride: pixels, at least 1; padding: pixels of zeros on every side, at least 0
     Raises      ValueError for sizes that are no such numbers, and for an x of another shape or dtype, or smaller than
                 the window
-    Source      LeCun et al. 1998; initialised after He et al. 2015, "Delving deep into rectifiers", eq. 10: normal with
-                variance 2 / (kernel_size^2 in_channels), which keeps the scale of activations through ReLUs; biases 0.
-                PyTorch's default has a sixth of that variance
+    Why         The initial weights are normal with variance 2 / n, n = kernel_size^2 in_channels, which keeps the scale
+                of activations through ReLUs. An output y is the sum of n products of a weight and an input r, which are
+                independent and the weights of mean 0: Var(y) = n Var(weight) E[r^2]. And r = max(y', 0), of an output
+                y' of the layer before that is as often negative as positive: E[r^2] = Var(y') / 2. Biases are 0.
+    Source      LeCun et al. 1998; initialised after He et al. 2015, "Delving deep into rectifiers", eq. 10. PyTorch's
+                default has a sixth of that variance
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, rng=None):
-        _check_whole(
+        _check_integers(
             "Conv2d", in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride
         )
-        _check_whole("Conv2d", least=0, padding=padding)
+        _check_integers("Conv2d", least=0, padding=padding)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -250,10 +311,7 @@ class Conv2d(Module):
 
     def forward(self, x):
         _check_images(self, x, self.in_channels)
-        if min(x.shape[1:3]) + 2 * self.padding < self.kernel_size:
-            raise ValueError(
-                f"Conv2d: with padding {self.padding}, a window of {self.kernel_size} does not fit into {x.shape}"
-            )
+        _check_window(self, x, self.padding)
         out = kernels_for(x).conv2d_forward(
             x, self.weight.data, self.bias and self.bias.data, self.stride, self.padding
         )
@@ -262,7 +320,7 @@ class Conv2d(Module):
 
     def backward(self, dout, need_dx=True):
         x, out_shape = self._take_cache()
-        _check_dout(self, dout, out_shape)
+        _check_dout(self, dout, out_shape, x.dtype)
         dx, dweight, dbias = kernels_for(dout).conv2d_backward(
             dout, x, self.weight.data, self.stride, self.padding, need_dx, need_dbias=self.bias is not None
         )
@@ -272,16 +330,22 @@ class Conv2d(Module):
         return dx
 
 
-def _check_whole(layer, least=1, **sizes):
+def _check_integers(layer, least=1, **sizes):
     for name, value in sizes.items():
         if not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(f"{layer}: {name} must be a whole number of at least {least}, got {value!r}")
+            raise ValueError(f"{layer}: {name} must be an integer of at least {least}, got {value!r}")
 
 
 def _check_images(layer, x, channels):
     if x.ndim != 4 or x.shape[3] != channels:
         raise ValueError(f"{type(layer).__name__} expects images (N, H, W, {channels}), channels last, got {x.shape}")
     _check_dtype(layer, x)
+
+
+def _check_window(layer, x, padding):
+    if min(x.shape[1:3]) + 2 * padding < layer.kernel_size:
+        name, size = type(layer).__name__, layer.kernel_size
+        raise ValueError(f"{name}: with padding {padding}, a window of {size} does not fit into {x.shape}")
 
 
 def _check_residual(layer, x, residual):
@@ -292,10 +356,15 @@ def _check_residual(layer, x, residual):
         )
 
 
-def _check_dout(layer, dout, out_shape):
+def _check_dout(layer, dout, out_shape, out_dtype):
     if dout.shape != out_shape:
         raise ValueError(
             f"{type(layer).__name__}.backward expects the gradient of its output, {out_shape}, got {dout.shape}"
+        )
+    if dout.dtype != out_dtype and (out_dtype, dout.dtype) not in kernels_for(dout).MIXED_DTYPES:
+        raise ValueError(
+            f"{type(layer).__name__}.backward expects the gradient in the dtype of its output, {out_dtype}, "
+            f"got {dout.dtype}"
         )
 
 

@@ -1,5 +1,7 @@
 """What training makes small: softmax and cross-entropy in one, because together they are simple and stable."""
 
+import numpy as np
+
 from minires.backend import array_module
 from minires.kernels import kernels_for
 
@@ -8,13 +10,13 @@ class SoftmaxCrossEntropy:
     """The mean over the batch of the cross-entropy between the labels and the softmax of the logits.
 
     Backward    dlogits = (softmax(logits) - target) / N, times dloss, the number that the loss itself is multiplied by
-    Shapes      logits (N, K), labels (N,) whole numbers from 0 to K - 1  ->  a number, on the device of logits;
-                float() of it waits for the device
+    Shapes      logits (N, K), the scores of K classes before softmax, labels (N,) integers from 0 to K - 1
+                ->  a number, on the device of logits; float() of it waits for the device
     Cached      the probabilities and the labels
     Limits      on a GPU the range of the labels is not checked: looking at them would wait for the device
     Args        label_smoothing: the share of the target that is spread evenly over all classes, 0 to 1
-    Raises      ValueError for labels that do not fit the logits, and for a dloss that is no number; RuntimeError for
-                backward without forward
+    Raises      ValueError for labels that are no array or do not fit the logits, and for a dloss that is no number;
+                RuntimeError for backward without forward
     Source      PyTorch's CrossEntropyLoss
     """
 
@@ -25,14 +27,18 @@ class SoftmaxCrossEntropy:
         self._cache = None
 
     def forward(self, logits, labels):
+        if not hasattr(labels, "shape"):
+            raise ValueError(f"SoftmaxCrossEntropy expects labels as an array (N,), got {type(labels).__name__}")
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise ValueError(
                 f"SoftmaxCrossEntropy expects logits (N, K) and labels (N,), got {logits.shape} and {labels.shape}"
             )
         if labels.dtype.kind not in "iu":
-            raise ValueError(f"SoftmaxCrossEntropy expects labels that are whole numbers, got {labels.dtype}")
-        on_host = array_module(labels).__name__ == "numpy"
-        if on_host and labels.size and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+            raise ValueError(f"SoftmaxCrossEntropy expects labels that are integers, got {labels.dtype}")
+        if not len(labels):
+            raise ValueError(f"SoftmaxCrossEntropy expects at least one image, got logits {logits.shape}")
+        on_host = array_module(labels) is np
+        if on_host and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
             raise ValueError(
                 f"SoftmaxCrossEntropy expects labels from 0 to {logits.shape[1] - 1}, "
                 f"got {labels.min()} to {labels.max()}"

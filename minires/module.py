@@ -13,6 +13,7 @@ from minires.backend import array_module, to_device, to_numpy
 
 # PyTorch counts a BatchNorm's batches in its state; nothing is computed from the count, and both sides do without it.
 UNUSED_IN_PYTORCH_STATE = "num_batches_tracked"
+TAKEN = "taken"  # a cache that backward has taken and dropped
 
 
 class Buffer:
@@ -67,7 +68,7 @@ class Module:
                     the gradient of the input.
 
     Parameters, buffers and child modules are the attributes that are such, in the order in which they were set; those
-    in lists count as well. Their names are dotted paths: layer1.0.conv1.weight.
+    in lists, tuples and dicts count as well, nested or not. Their names are dotted paths: layer1.0.conv1.weight.
     """
 
     training = True
@@ -80,6 +81,9 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
     def __call__(self, *inputs):
+        for x in inputs:
+            if isinstance(x, list | tuple):
+                raise TypeError(f"{type(self).__name__} expects an array, got a {type(x).__name__}: np.array makes one")
         return self.forward(*inputs)
 
     def _keep(self, *cache):
@@ -88,18 +92,21 @@ class Module:
 
     def _take_cache(self):
         """Return what forward kept, and drop it."""
+        if self._cache is TAKEN:
+            raise RuntimeError(
+                f"{type(self).__name__}.backward: called twice after one forward; a layer that a network uses twice "
+                "has to be two layers, as each keeps what one backward needs"
+            )
         if self._cache is None:
             raise RuntimeError(f"{type(self).__name__}.backward: call forward in training mode first")
-        cache, self._cache = self._cache, None
+        cache, self._cache = self._cache, TAKEN
         return cache
 
     def attributes(self, kind):
-        """Yield (name, value) for each attribute of a kind, and (name.0, value) and so on for those in a list."""
-        for name, value in vars(self).items():
-            if isinstance(value, kind):
-                yield name, value
-            elif isinstance(value, list | tuple):
-                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, kind))
+        """Yield (name, value) for each attribute of a kind, and those in lists and dicts as (name.0, value), (name.key,
+        value) and so on.
+        """
+        return _walk(vars(self), kind, "")
 
     def named_children(self):
         """Yield (name, module) for each direct part."""
@@ -163,7 +170,7 @@ class Module:
 
         Nothing is changed unless everything fits. Values are converted to the dtype and moved to the device in use.
 
-        Raises      ValueError that lists every name that is missing, unexpected or of the wrong shape
+        Raises      ValueError that lists every name that is missing, unexpected, of the wrong shape or no real numbers
         """
         state = {name: np.asarray(array) for name, array in state.items()}
         own = dict(self.named_state())
@@ -173,6 +180,8 @@ class Module:
                 expected = tuple(own[name].data.shape[axis] for axis in own[name].torch_axes)
                 if array.shape != expected:
                     errors.append(f"{name} has shape {array.shape}, expected {expected}")
+                elif array.dtype.kind not in "fiub":
+                    errors.append(f"{name} has dtype {array.dtype}, expected real numbers, such as float32")
             elif name.rpartition(".")[2] != UNUSED_IN_PYTORCH_STATE:
                 errors.append(f"unexpected {name}")
         if errors:
@@ -182,8 +191,18 @@ class Module:
             value.data[...] = array_module(value.data).asarray(array)
 
 
+def _walk(collection, kind, prefix):
+    """Yield (dotted name, value) for each value of a kind in a dict, and in the lists and dicts inside it."""
+    for name, value in collection.items():
+        if isinstance(value, kind):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, list | tuple | dict):
+            inside = value if isinstance(value, dict) else dict(enumerate(value))
+            yield from _walk(inside, kind, f"{prefix}{name}.")
+
+
 class Sequential(Module):
-    """Modules one after the other; without any, the identity. The parts are named by their place: 0, 1, ...
+    """Modules one after the other; without any, the identity. The parts are named by their position: 0, 1, ...
 
     Args        layers: the modules, in order
     Raises      TypeError for anything else
@@ -192,7 +211,7 @@ class Sequential(Module):
     def __init__(self, *layers):
         for i, layer in enumerate(layers):
             if not isinstance(layer, Module):
-                raise TypeError(f"Sequential takes modules one after the other, got {layer!r} in place {i}")
+                raise TypeError(f"Sequential takes modules one after the other, got {layer!r} at position {i}")
             setattr(self, str(i), layer)
 
     def layers(self):

@@ -40,10 +40,9 @@ def philox(counter, key, rounds=10):
 def random_words(count, key, step, stream=0, *, xp, start=0):
     """Draw four random 32-bit words for each of `count` elements.
 
-    Args        key: the seed, 64 bits; step: the training step, or the epoch, 64 bits, a number or an array without
-                axes; stream: keeps draws for
-                different purposes under one key apart, 32 bits; xp: NumPy or CuPy; start: the number of the first
-                element, so that a part of a whole can be drawn alone
+    Args        key: the seed, 64 bits; step: the training step, or the epoch, 64 bits, a number or a 0-d array;
+                stream: keeps draws for different purposes under one key apart, 32 bits; xp: NumPy or CuPy; start: the
+                index of the first element, so that a part of a whole can be drawn alone
 
     Shapes      ->  (count, 4), uint32
     """
@@ -51,7 +50,7 @@ def random_words(count, key, step, stream=0, *, xp, start=0):
 
 
 def words_of(elements, key, step, stream=0):
-    """Draw four random 32-bit words for each of the elements, which are given by their numbers, in any order.
+    """Draw four random 32-bit words for each of the elements, which are given by their indices, in any order.
 
     Shapes      elements (N,) uint64, below 2**32  ->  (N, 4), uint32
     """

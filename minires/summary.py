@@ -17,8 +17,9 @@ LINE = "-" * 64
 def summary(model, input_shape=(32, 32, 3)):
     """Return the table of a model's layers as text.
 
-    A row for each layer that has parameters, and for each block after its layers, in the order of definition. ReLU,
-    pooling, dropout and Sequential have no rows. Shapes are printed as PyTorch prints them, [-1, C, H, W].
+    A row for each layer that has parameters, and for each block after its layers, in the order of definition. What has
+    no parameters (ReLU, pooling, dropout) has no row, and neither has a Sequential. Shapes are printed as PyTorch
+    prints them, [-1, C, H, W].
 
     The forward/backward size is what the outputs of all rows and their gradients take for one image: an estimate of
     training's memory, not a measurement.

@@ -180,9 +180,9 @@ static void multiply(float (&c)[4], const unsigned (&a)[4], const unsigned* b, u
         const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         float sum = 0;
         for (unsigned k = 0; k < inner; ++k) {
-            const unsigned place = k / per % 4, later = k >= inner / 2;
-            sum += number(w.a[row % 8 * 4 + place][row / 8 + 2 * later], k % per) *
-                   number(w.b[column * 4 + place][later], k % per);
+            const unsigned position = k / per % 4, later = k >= inner / 2;
+            sum += number(w.a[row % 8 * 4 + position][row / 8 + 2 * later], k % per) *
+                   number(w.b[column * 4 + position][later], k % per);
         }
         c[i] += sum;
     }

@@ -2,7 +2,7 @@
 
 A subclass of ndarray cannot do this: NumPy accepts it everywhere. A StrictArray is no ndarray, every conversion that
 NumPy could try raises, and each function of this module refuses arguments that are host arrays. As in CuPy, a sum over
-everything is an array without axes, and only `asnumpy` brings numbers back.
+everything is a 0-d array, and only `asnumpy` brings numbers back.
 """
 
 import operator

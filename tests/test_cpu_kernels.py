@@ -1,7 +1,7 @@
 """The fast CPU kernels: each equals its reference twin, writes to no input, and has the same bits on any threads.
 
 The bounds are relative norms in float32: 1e-6 where the same numbers are added in another order, 1e-5 for Winograd's
-convolution, which adds and takes off again.
+convolution, which adds and subtracts again.
 """
 
 import concurrent.futures
@@ -18,8 +18,7 @@ import pytest
 from conftest import relative_error
 
 import minires
-from minires import kernels
-from minires.kernels import cpu, memory, reference, threads
+from minires.kernels import cpu, memory, reference, threads, winograd
 
 SAME_SUMS, WINOGRAD = 1e-6, 1e-5
 
@@ -77,19 +76,29 @@ def all_convolution_results(set_of_kernels, x, weight, bias, stride, padding, do
 
 
 def all_batch_norm_results(set_of_kernels, x, weight, bias, residual, relu, dout):
-    out, mean, var = set_of_kernels.batch_norm_forward(x, weight, bias, 1e-5, residual, relu)
-    same_out = reference.batch_norm_forward(x, weight, bias, 1e-5, residual, relu)[0]  # so that the masks agree
-    inference = set_of_kernels.batch_norm_inference(x, weight, bias, mean, var, 1e-5, residual, relu)
-    back = set_of_kernels.batch_norm_backward(dout, x, same_out, weight, mean, var, 1e-5, relu)
-    return out, mean, var, inference, *back
+    mean, var = set_of_kernels.batch_norm_statistics(x)
+    plain = set_of_kernels.batch_norm_forward(x, weight, bias, mean, var, 1e-5)
+    out = set_of_kernels.batch_norm_add_relu_forward(x, weight, bias, mean, var, 1e-5, residual, relu)
+    same_mean, same_var = reference.batch_norm_statistics(x)  # so that the masks agree
+    same_out = reference.batch_norm_add_relu_forward(x, weight, bias, same_mean, same_var, 1e-5, residual, relu)
+    mask = same_out if relu else None
+    g, *sums = set_of_kernels.batch_norm_add_relu_backward_sums(dout, x, mask, mean, var, 1e-5)
+    dx = set_of_kernels.batch_norm_backward(g, x, weight, mean, var, 1e-5, *sums)
+    plain_sums = set_of_kernels.batch_norm_backward_sums(dout, x, mean, var, 1e-5)
+    sums = [s.astype(x.dtype) for s in (*sums, *plain_sums)]  # which may be float64 until here
+    return out, mean, var, plain, dx, g, *sums
 
 
 @pytest.fixture(params=["one piece", "many pieces"])
 def pieces(request, monkeypatch):
     """Elementwise work in pieces of the usual sizes, which hold a whole array of most tests, and in small ones."""
     if request.param == "many pieces":
-        for name, size in (("BLOCK", 2**12), ("SMALLEST_BLOCK", 2**10), ("UPDATE_BLOCK", 2**8)):
-            monkeypatch.setattr(cpu, name, size)
+        for module, name, size in (
+            (threads, "BLOCK", 2**12),
+            (threads, "SMALLEST_BLOCK", 2**10),
+            (cpu, "UPDATE_BLOCK", 2**8),
+        ):
+            monkeypatch.setattr(module, name, size)
 
 
 @pytest.fixture
@@ -126,7 +135,7 @@ def test_convolution_equals_its_twin(rng, N, H, W, C, O, k, stride, padding):
     dout = normal(rng, *reference.conv2d_forward(x, weight, bias, stride, padding).shape)
     arguments = x, weight, bias, stride, padding, dout
     before = [a.copy() for a in (x, weight, bias, dout)]
-    bound = WINOGRAD if cpu.is_for_winograd(x.shape, weight.shape, stride, padding) else SAME_SUMS
+    bound = WINOGRAD if winograd.is_for(x.shape, weight.shape, stride, padding) else SAME_SUMS
     actual = all_convolution_results(cpu, *arguments)
     assert_close(actual, all_convolution_results(reference, *arguments), bound)
     for a, b in zip((x, weight, bias, dout), before, strict=True):
@@ -139,17 +148,10 @@ def test_convolution_equals_its_twin(rng, N, H, W, C, O, k, stride, padding):
 
 def test_winograd_is_used_for_the_networks_convolutions_and_loses_less_than_two_digits(rng):
     x, weight, _ = convolution_arguments(rng, 4, 16, 16, 128, 128, 3)
-    assert cpu.is_for_winograd(x.shape, weight.shape, 1, 1)
+    assert winograd.is_for(x.shape, weight.shape, 1, 1)
     exact = reference.conv2d_forward(x.astype(np.float64), weight.astype(np.float64), None, 1, 1)
-    winograd, im2col = (relative_error(s.conv2d_forward(x, weight, None, 1, 1), exact) for s in (cpu, reference))
-    assert im2col < winograd < 100 * im2col
-
-
-def test_winograds_matrices_make_a_filter_of_three_taps(rng):
-    """Four outputs of a one-dimensional filter, from six inputs and six multiplications."""
-    inputs, taps = rng.standard_normal(6), rng.standard_normal(3)
-    outputs = cpu.OUTPUT @ ((cpu.WEIGHT @ taps) * (cpu.INPUT @ inputs))
-    np.testing.assert_allclose(outputs, np.correlate(inputs, taps), atol=1e-5)
+    by_tiles, im2col = (relative_error(s.conv2d_forward(x, weight, None, 1, 1), exact) for s in (cpu, reference))
+    assert im2col < by_tiles < 100 * im2col
 
 
 def test_a_rectangular_window(rng):
@@ -187,22 +189,23 @@ def test_batch_norm_equals_its_twin(rng, shape, has_residual, relu):
 def test_batch_norm_keeps_its_digits_where_the_mean_is_large(rng):
     scale, shift = np.array([1e-2, 1.0, 1e3], np.float32), np.array([5.0, -1.0, 1e5], np.float32)
     x = normal(rng, 16, 16, 16, 3) * scale + shift
-    _, mean, var = cpu.batch_norm_forward(x, np.ones(3, np.float32), np.zeros(3, np.float32), 0.0)
+    mean, var = cpu.batch_norm_statistics(x)
     np.testing.assert_allclose(mean, x.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-6)
     np.testing.assert_allclose(var, x.var(axis=(0, 1, 2), dtype=np.float64), rtol=1e-5)
 
 
-def test_batch_norm_takes_a_large_mean_off_first(rng):
+def test_batch_norm_subtracts_a_large_mean_first(rng):
     x, dout = normal(rng, 16, 8, 8, 3) * np.float32(0.01) + 100, normal(rng, 16, 8, 8, 3)
     weight, bias = normal(rng, 2, 3)
     mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
     arguments = [a.astype(np.float64) for a in (x, weight, bias, mean, var)]
-    exact = reference.batch_norm_inference(*arguments, 1e-5)
-    assert relative_error(cpu.batch_norm_inference(x, weight, bias, mean, var, 1e-5), exact) < 1e-6
-    exact, *_ = reference.batch_norm_backward(
-        dout, arguments[0], None, weight, mean.astype(np.float64), arguments[4], 1e-5
-    )
-    assert relative_error(cpu.batch_norm_backward(dout, x, None, weight, mean, var, 1e-5)[0], exact) < 1e-6
+    exact = reference.batch_norm_forward(*arguments, 1e-5)
+    assert relative_error(cpu.batch_norm_forward(x, weight, bias, mean, var, 1e-5), exact) < 1e-6
+    results = []
+    for s, (a, c, d) in ((reference, (arguments[0], arguments[3], arguments[4])), (cpu, (x, mean, var))):
+        sums = s.batch_norm_backward_sums(dout, a, c, d, 1e-5)
+        results.append(s.batch_norm_backward(dout, a, weight, c, d, 1e-5, *sums))
+    assert relative_error(results[1], results[0]) < 1e-6
 
 
 def test_results_stay_as_they_are_through_later_calls(rng):
@@ -218,9 +221,9 @@ def test_results_stay_as_they_are_through_later_calls(rng):
 
 
 def test_images_that_tiles_do_not_suit_go_another_way():
-    assert not cpu.is_for_winograd((9, 1, 1, 64), (3, 3, 64, 64), 1, 1)
-    assert not cpu.is_for_winograd((9, 2, 3, 64), (3, 3, 64, 64), 1, 1)
-    assert cpu.is_for_winograd((9, 3, 3, 64), (3, 3, 64, 64), 1, 1)
+    assert not winograd.is_for((9, 1, 1, 64), (3, 3, 64, 64), 1, 1)
+    assert not winograd.is_for((9, 2, 3, 64), (3, 3, 64, 64), 1, 1)
+    assert winograd.is_for((9, 3, 3, 64), (3, 3, 64, 64), 1, 1)
 
 
 def test_an_empty_batch_has_empty_results():
@@ -231,7 +234,7 @@ def test_an_empty_batch_has_empty_results():
 
 def test_a_constant_channel_has_variance_0():
     x = np.full((8, 8, 8, 2), 1234.567, np.float32)
-    _, _, var = cpu.batch_norm_forward(x, np.ones(2, np.float32), np.zeros(2, np.float32), 1e-5)
+    _, var = cpu.batch_norm_statistics(x)
     assert (var >= 0).all()
     assert (var < 1e-6).all()
 
@@ -239,7 +242,8 @@ def test_a_constant_channel_has_variance_0():
 def test_relu_after_batch_norm_lets_a_nan_through(rng):
     x = normal(rng, 2, 4, 4, 16)
     x[1, 2, 3, 4] = np.nan
-    out, _, _ = cpu.batch_norm_forward(x, np.ones(16, np.float32), np.zeros(16, np.float32), 1e-5, relu=True)
+    ones, zeros = np.ones(16, np.float32), np.zeros(16, np.float32)
+    out = cpu.batch_norm_add_relu_forward(x, ones, zeros, *cpu.batch_norm_statistics(x), 1e-5, relu=True)
     assert np.isnan(out[..., 4]).all()
 
 
@@ -367,28 +371,6 @@ def test_memory_that_waits_makes_room_for_another_size():
     assert sum(block.nbytes for block in memory._idle) <= max(0, waiting - b.nbytes)
 
 
-def test_float64_and_other_arrays_go_to_the_reference(rng):
-    assert kernels.kernels_for(np.zeros(1)) is reference
-    assert kernels.kernels_for(np.zeros(1, np.float16)) is reference
-    with kernels.use("fast"):
-        assert kernels.kernels_for(np.zeros(1, np.float32)) is cpu
-
-
-def test_the_reference_can_be_forced(monkeypatch):
-    x = np.zeros(1, np.float32)
-    with kernels.use("reference"):
-        assert kernels.kernels_for(x) is reference
-    monkeypatch.setenv("MINIRES_KERNELS", "reference")
-    assert kernels.kernels_for(x) is reference
-    with kernels.use("fast"):
-        assert kernels.kernels_for(x) is cpu
-    monkeypatch.setenv("MINIRES_KERNELS", "slow")
-    with pytest.raises(ValueError, match=r"MINIRES_KERNELS must be 'fast' or 'reference', got 'slow'"):
-        kernels.kernels_for(x)
-    with pytest.raises(ValueError, match=r"must be 'fast' or 'reference', got 'quick'"), kernels.use("quick"):
-        pass
-
-
 def test_the_number_of_threads_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MINIRES_NUM_THREADS", "5")
     threads.set_num_threads(None)
@@ -404,9 +386,9 @@ def test_the_number_of_threads_comes_from_the_environment(monkeypatch):
 def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, value):
     monkeypatch.setenv("MINIRES_NUM_THREADS", value)
     threads.set_num_threads(None)
-    with pytest.raises(ValueError, match=f"MINIRES_NUM_THREADS must be a whole number of at least 1, got '{value}'"):
+    with pytest.raises(ValueError, match=f"MINIRES_NUM_THREADS must be an integer of at least 1, got '{value}'"):
         threads.num_threads()
-    with pytest.raises(ValueError, match="must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="must be an integer of at least 1, got 0"):
         threads.set_num_threads(0)
 
 

@@ -7,7 +7,20 @@ import pytest
 import strict_array
 from strict_array import MixedArraysError, asarray, asnumpy
 
-from minires import SGD, Adam, Dropout, ResNet, SoftmaxCrossEntropy, kernels
+from minires import (
+    SGD,
+    Adam,
+    Conv2d,
+    Dropout,
+    Flatten,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    ResNet,
+    Sequential,
+    SoftmaxCrossEntropy,
+    kernels,
+)
 from minires.augment import normalize, random_crop, random_flip
 from minires.backend import to_device, to_numpy
 from minires.cifar10 import MEAN, STD, load_sample
@@ -88,6 +101,39 @@ def test_the_input_gradient_too(strict_gpu, rng):
     host(x)
     device(asarray(x))
     np.testing.assert_array_equal(asnumpy(device.backward(asarray(dout))), host.backward(dout))
+
+
+@pytest.mark.parametrize("choice", ["reference", "fast"])
+def test_pooling_and_flattening(strict_gpu, rng, choice):
+    """They have no fast kernels, so the reference serves them on a GPU, too: in 16 bits as in 32."""
+
+    def make():
+        return Sequential(ReLU(), MaxPool2d(3, stride=2), MaxPool2d(2, stride=1), Flatten())
+
+    for dtype in (np.float32, np.float16):
+        x = rng.standard_normal((2, 9, 8, 4)).astype(dtype)
+        host, device = make(), make().to("gpu")
+        with kernels.use(choice):
+            out = device(asarray(x))
+            dout = rng.standard_normal(out.shape).astype(dtype)
+            dx = device.backward(asarray(dout))
+        np.testing.assert_array_equal(asnumpy(out), host(x))
+        np.testing.assert_array_equal(asnumpy(dx), host.backward(dout))
+        assert out.dtype == dx.dtype == dtype
+
+
+def test_a_network_with_pooling_and_flattening_learns_the_same_bits(strict_gpu, rng):
+    x, dout = rng.standard_normal((2, 8, 8, 3)).astype(np.float32), rng.standard_normal((2, 5)).astype(np.float32)
+    states = []
+    for device in ("cpu", "gpu"):
+        model = Sequential(Conv2d(3, 4, 3, padding=1, rng=1), MaxPool2d(2), Flatten(), Linear(64, 5, rng=2)).to(device)
+        optimizer = SGD(model.parameters(), 0.1)
+        model(to_device(x, device))
+        model.backward(to_device(dout, device))
+        optimizer.step()
+        states.append(model.state_dict())
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name], err_msg=name)
 
 
 def test_evaluation_and_loading(strict_gpu):

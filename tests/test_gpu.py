@@ -156,7 +156,7 @@ def test_a_replayed_step_gives_the_bits_of_a_plain_one(precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
-def test_a_batch_is_learned_by_heart(precision):
+def test_a_batch_can_be_overfitted(precision):
     gpu.set_precision("float32" if precision == "float32" else "tf32")
     model = ResNet(dropout=0).to("gpu")
     optimizer, loss_function = SGD(model.parameters(), 0.05, 0.9), SoftmaxCrossEntropy()
@@ -180,7 +180,7 @@ def test_a_state_moves_to_the_gpu_and_back():
 
 
 @pytest.mark.parametrize("recipe", ["report", "fast"])
-def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, recipe):
+def test_a_killed_run_is_resumed_with_the_same_bits(tmp_path, recipe):
     flags = ["--device", "gpu", "--data", "sample", "--recipe", recipe, "--epochs", "2", "--batch-size", "50"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([sys.executable, TRAIN, *flags, "--out", whole], check=True)

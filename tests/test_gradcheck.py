@@ -1,5 +1,8 @@
 """The gradient check passes what is right and names what is wrong, the errors that people really make among them."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -127,3 +130,36 @@ def test_gradients_from_before_do_not_matter(rng):
 def test_an_input_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="x holds values that are not finite"):
         check_gradients(Square(), np.array([1.0, np.nan]))
+
+
+def test_a_wrong_backward_is_refused_under_python_without_asserts():
+    code = """
+import numpy as np
+from minires import Linear, check_gradients
+
+class Sets(Linear):
+    def backward(self, dout):
+        self.weight.grad[:] = 0
+        return super().backward(dout)
+
+class NoGradient(Linear):
+    def backward(self, dout):
+        return 0 * super().backward(dout)
+
+class WritesDout(Linear):
+    def backward(self, dout):
+        dx = super().backward(dout)
+        dout *= 0
+        return dx
+
+for layer in (Sets(4, 3), NoGradient(4, 3), WritesDout(4, 3)):
+    try:
+        check_gradients(layer, np.ones((5, 4)))
+    except AssertionError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True)
+    lines = run.stdout.splitlines()
+    assert lines[0] == "Sets: backward sets the gradient of weight; it should add to it"
+    assert lines[1].startswith("NoGradient: the gradient of x is wrong")
+    assert lines[2] == "WritesDout: backward changed dout, which belongs to the caller"

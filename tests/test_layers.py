@@ -5,7 +5,20 @@ import re
 import numpy as np
 import pytest
 
-from minires import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, ReLU, check_gradients
+from minires import (
+    BatchNorm2d,
+    Bias2d,
+    Conv2d,
+    Dropout,
+    Flatten,
+    GlobalAvgPool2d,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    check_gradients,
+    summary,
+)
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5, 3), (1, 7, 7, 3), (1, 3, 3, 3)])
@@ -14,7 +27,11 @@ from minires import BatchNorm2d, Bias2d, Conv2d, Dropout, GlobalAvgPool2d, Linea
     [
         lambda rng: ReLU(),
         lambda rng: Dropout(0.2, rng=rng),
+        lambda rng: Flatten(),
         lambda rng: GlobalAvgPool2d(),
+        lambda rng: MaxPool2d(2),
+        lambda rng: MaxPool2d(3, stride=1),
+        lambda rng: MaxPool2d(1, stride=2),
         lambda rng: BatchNorm2d(3),
         lambda rng: BatchNorm2d(3, relu=True),
         lambda rng: Conv2d(3, 4, 3, padding=1, rng=rng),
@@ -33,6 +50,30 @@ def test_gradients_agree_with_finite_differences(rng, make, shape):
 def test_linear_gradients_agree_with_finite_differences(rng):
     check_gradients(Linear(5, 3, rng=rng), rng.standard_normal((4, 5)))
     check_gradients(Linear(5, 3, bias=False, rng=rng), rng.standard_normal((1, 5)))
+
+
+def test_pooling_and_flattening_in_a_network_by_hand():
+    x = np.arange(32, dtype=np.float32).reshape(1, 4, 4, 2)
+    model = Sequential(MaxPool2d(2), Flatten())
+    np.testing.assert_array_equal(model(x), [[10, 11, 14, 15, 26, 27, 30, 31]])  # channels last
+    dx = model.backward(np.arange(1, 9, dtype=np.float32).reshape(1, 8))
+    expected = np.zeros_like(x)
+    expected[0, 1::2, 1::2] = np.arange(1, 9).reshape(2, 2, 2)
+    np.testing.assert_array_equal(dx, expected)
+
+
+def test_a_network_with_pooling_and_flattening_has_its_table_of_layers(rng):
+    model = Sequential(Conv2d(3, 8, 3, padding=1, rng=rng), ReLU(), MaxPool2d(2), Flatten(), Linear(8 * 16 * 16, 10))
+    rows = summary(model).splitlines()[3:5]
+    assert [row.split() for row in rows] == [
+        ["Conv2d-1", "[-1,", "8,", "32,", "32]", "224"],
+        ["Linear-2", "[-1,", "10]", "20,490"],
+    ]
+
+
+def test_an_empty_batch_can_be_flattened():
+    layer = Flatten()
+    assert layer.backward(layer(np.zeros((0, 2, 3, 4), np.float32))).shape == (0, 2, 3, 4)
 
 
 def test_dropout_in_evaluation_is_the_identity(rng):
@@ -138,6 +179,8 @@ def test_a_seed_fixes_the_initial_weights():
         (Linear(5, 3), np.zeros((4, 6), np.float32), r"Linear expects \(N, 5\), got \(4, 6\)"),
         (Linear(5, 3), np.zeros((4, 5)), "Linear has float32 parameters, got an input of float64"),
         (GlobalAvgPool2d(), np.zeros((4, 6)), r"expects \(N, H, W, C\), got \(4, 6\)"),
+        (MaxPool2d(2), np.zeros((4, 6)), r"MaxPool2d expects \(N, H, W, C\), got \(4, 6\)"),
+        (MaxPool2d(3), np.zeros((1, 9, 2, 3)), r"MaxPool2d: with padding 0, a window of 3 does not fit into \(1, 9, 2"),
         (BatchNorm2d(3), np.zeros((4, 3, 8, 8)), r"images \(N, H, W, 3\), channels last, got \(4, 3, 8, 8\)"),
         (Bias2d(3), np.zeros((4, 8, 8, 2), np.float32), r"Bias2d expects images \(N, H, W, 3\), channels last, got"),
         (Bias2d(3), np.zeros((4, 8, 8, 3)), "Bias2d has float32 parameters, got an input of float64"),
@@ -168,6 +211,8 @@ def test_a_dout_that_would_only_broadcast_is_refused(layer, dout_shape):
     [
         (Linear(5, 3), (4, 5), (4, 3)),
         (GlobalAvgPool2d(), (4, 2, 2, 3), (4, 3)),
+        (Flatten(), (4, 2, 2, 3), (4, 12)),
+        (MaxPool2d(2), (4, 9, 7, 3), (4, 4, 3, 3)),
         (Conv2d(3, 6, 3, stride=2), (4, 9, 7, 3), (4, 4, 3, 6)),
     ],
 )
@@ -185,11 +230,11 @@ def test_a_residual_that_does_not_match_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel_size": 3, "in_channels": 0}, "in_channels must be a whole number of at least 1, got 0"),
-        ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1, got 0"),
-        ({"kernel_size": (3, 3)}, r"kernel_size must be a whole number of at least 1, got \(3, 3\)"),
-        ({"kernel_size": 3, "stride": 0}, "stride must be a whole number of at least 1, got 0"),
-        ({"kernel_size": 3, "padding": -1}, "padding must be a whole number of at least 0, got -1"),
+        ({"kernel_size": 3, "in_channels": 0}, "in_channels must be an integer of at least 1, got 0"),
+        ({"kernel_size": 0}, "kernel_size must be an integer of at least 1, got 0"),
+        ({"kernel_size": (3, 3)}, r"kernel_size must be an integer of at least 1, got \(3, 3\)"),
+        ({"kernel_size": 3, "stride": 0}, "stride must be an integer of at least 1, got 0"),
+        ({"kernel_size": 3, "padding": -1}, "padding must be an integer of at least 0, got -1"),
     ],
 )
 def test_convolution_sizes_that_are_none_are_named(arguments, message):
@@ -200,12 +245,29 @@ def test_convolution_sizes_that_are_none_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Linear(0, 3), "Linear: in_features must be a whole number of at least 1, got 0"),
-        (lambda: BatchNorm2d(2.5), r"BatchNorm2d: num_features must be a whole number of at least 1, got 2\.5"),
-        (lambda: BatchNorm2d(3, eps=-1), "eps must be at least 0 and momentum from 0 to 1, got -1 and 0.1"),
+        (lambda: Linear(0, 3), "Linear: in_features must be an integer of at least 1, got 0"),
+        (lambda: MaxPool2d((2, 2)), r"MaxPool2d: kernel_size must be an integer of at least 1, got \(2, 2\)"),
+        (lambda: MaxPool2d(2, stride=0), "MaxPool2d: stride must be an integer of at least 1, got 0"),
+        (lambda: BatchNorm2d(2.5), r"BatchNorm2d: num_features must be an integer of at least 1, got 2\.5"),
+        (lambda: BatchNorm2d(3, eps=-1), "eps must be above 0 in float32 and momentum from 0 to 1, got -1"),
+        (lambda: BatchNorm2d(3, eps=1e-46), "eps must be above 0 in float32 and momentum from 0 to 1, got 1e-46"),
         (lambda: BatchNorm2d(3, momentum=2), "got 1e-05 and 2"),
     ],
 )
 def test_other_sizes_that_are_none_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("size", [512, 2048])
+def test_the_average_of_a_large_constant_image_is_that_constant(size):
+    """A float32 sum of four million tenths has lost 4 %."""
+    x = np.full((1, size, size, 1), 0.1, np.float32)
+    np.testing.assert_array_equal(GlobalAvgPool2d()(x), np.float32([[0.1]]))
+
+
+@pytest.mark.parametrize("shape", [(10, 10, 10, 3), (128, 32, 32, 4), (1, 1000, 1, 2)])
+@pytest.mark.parametrize("value", [9876.5, 0.1, -1e5])
+def test_a_constant_channel_is_normalised_to_0(shape, value):
+    out = BatchNorm2d(shape[-1])(np.full(shape, value, np.float32))
+    assert abs(out).max() < 1e-6

@@ -47,7 +47,9 @@ def test_a_numpy_number_does_not_promote():
         (np.array([0, 10]), "labels from 0 to 9, got 0 to 10"),
         (np.array([-1, 3]), "labels from 0 to 9, got -1 to 3"),
         (np.array([0, 1, 2]), r"got \(2, 10\) and \(3,\)"),
-        (np.array([0.0, 1.0]), "whole numbers, got float64"),
+        (np.array([0.0, 1.0]), "labels that are integers, got float64"),
+        ([0, 1], r"expects labels as an array \(N,\), got list"),
+        (3, r"expects labels as an array \(N,\), got int"),
     ],
 )
 def test_labels_that_do_not_fit_are_named(labels, message):
@@ -73,3 +75,8 @@ def test_a_dloss_of_numpy_does_not_promote():
 def test_label_smoothing_outside_its_range_is_refused():
     with pytest.raises(ValueError, match=r"label_smoothing must be from 0 to 1, got 1\.5"):
         SoftmaxCrossEntropy(1.5)
+
+
+def test_a_batch_without_images_is_named():
+    with pytest.raises(ValueError, match=r"expects at least one image, got logits \(0, 10\)"):
+        SoftmaxCrossEntropy()(np.zeros((0, 10), np.float32), np.zeros(0, int))

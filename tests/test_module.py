@@ -9,8 +9,10 @@ from minires import (
     Buffer,
     Conv2d,
     Dropout,
+    Flatten,
     GlobalAvgPool2d,
     Linear,
+    MaxPool2d,
     Module,
     Parameter,
     ReLU,
@@ -22,6 +24,8 @@ LAYERS = [
     (lambda rng: Dropout(0.4, rng=rng), (2, 5, 5, 3)),
     (lambda rng: Linear(3, 4, rng=rng), (2, 3)),
     (lambda rng: GlobalAvgPool2d(), (2, 5, 5, 3)),
+    (lambda rng: Flatten(), (2, 5, 5, 3)),
+    (lambda rng: MaxPool2d(3, stride=2), (2, 5, 5, 3)),
     (lambda rng: BatchNorm2d(3), (2, 5, 5, 3)),
     (lambda rng: BatchNorm2d(3, relu=True), (2, 5, 5, 3)),
     (lambda rng: Bias2d(3, relu=True), (2, 5, 5, 3)),
@@ -62,6 +66,9 @@ def test_one_forward_one_backward(rng, make, shape):
     x = rng.standard_normal(shape).astype(np.float32)
     dout = np.ones_like(layer(x))
     layer.backward(dout)
+    with pytest.raises(RuntimeError, match="backward: called twice after one forward; a layer that"):
+        layer.backward(dout)
+    layer.train()
     with pytest.raises(RuntimeError, match="backward: call forward in training mode first"):
         layer.backward(dout)
     layer.eval()(x)
@@ -100,7 +107,7 @@ def test_a_change_of_mode_drops_what_was_kept(rng):
 
 @pytest.mark.parametrize("part", [[ReLU()], ReLU, 3])
 def test_a_sequential_takes_modules_only(part):
-    with pytest.raises(TypeError, match=r"takes modules one after the other, got .* in place 1"):
+    with pytest.raises(TypeError, match=r"takes modules one after the other, got .* at position 1"):
         Sequential(ReLU(), part)
 
 
@@ -110,6 +117,15 @@ class Nested(Module):
         self.branches = [Linear(2, 3), Sequential(Linear(3, 2, bias=False))]
         self.shifts = [Parameter(np.zeros(4)), Buffer(np.zeros(5))]
         self.note = "not a part"
+
+
+class Deeper(Module):
+    """Parts in a dict, in lists of lists, and in both."""
+
+    def __init__(self):
+        self.branches = {"left": Linear(2, 3), "right": Linear(2, 3, bias=False)}
+        self.blocks = [(Linear(3, 4, bias=False), [Dropout(), Linear(4, 5, bias=False)])]
+        self.tables = {"scales": [Parameter(np.zeros(6))], 7: {"mean": Buffer(np.zeros(7))}, "title": "none"}
 
 
 def test_names_are_dotted_paths_through_attributes_lists_and_sequentials():
@@ -122,6 +138,28 @@ def test_names_are_dotted_paths_through_attributes_lists_and_sequentials():
     ]
     assert Nested().num_parameters() == 2 + 4 + 6 + 3 + 6
     assert "shifts.1" in Nested().state_dict()
+
+
+def test_parts_in_dicts_and_nested_lists_count_with_dotted_names(strict_gpu):
+    model = Deeper()
+    expected = {
+        "tables.scales.0": 6,
+        "tables.7.mean": 7,
+        "branches.left.weight": 6,
+        "branches.left.bias": 3,
+        "branches.right.weight": 6,
+        "blocks.0.0.weight": 12,
+        "blocks.0.1.1.weight": 20,
+    }
+    assert {name: array.size for name, array in model.state_dict().items()} == expected
+    assert model.num_parameters() == sum(expected.values()) - 7
+    assert not any(module.training for module in model.eval().modules())
+    assert len(model.modules()) == 6
+    values = {name: np.full_like(array, 3) for name, array in model.state_dict().items()}
+    model.load_state_dict(values)
+    assert (model.branches["right"].weight.data == 3).all()
+    model.to("gpu")
+    assert type(model.blocks[0][1][1].weight.data) is strict_gpu.StrictArray
 
 
 def test_train_and_eval_reach_every_part_and_return_self():
@@ -195,3 +233,29 @@ def test_to_keeps_the_parameters_and_replaces_their_arrays(strict_gpu):
 def test_parameters_in_16_bits_are_refused():
     with pytest.raises(ValueError, match="parameters are float32 or float64, got float16"):
         Linear(3, 2).to(dtype="float16")
+
+
+@each_layer
+def test_a_gradient_of_another_dtype_is_refused(rng, make, shape):
+    """A float64 convolution given a float32 gradient would compute in float32 without a word."""
+    layer = make(rng).to(dtype=np.float64)
+    dout = np.ones_like(layer(rng.standard_normal(shape)), np.float32)
+    with pytest.raises(ValueError, match="gradient in the dtype of its output, float64, got float32"):
+        layer.backward(dout)
+
+
+def test_a_list_in_place_of_an_array_is_named():
+    with pytest.raises(TypeError, match=r"ReLU expects an array, got a list: np\.array makes one"):
+        ReLU()([[1.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    "array", [np.array([None, None, None]), np.zeros(3, complex), np.zeros(3, "V2"), np.array(["a", "b", "c"])]
+)
+def test_a_state_of_what_are_no_real_numbers_changes_nothing(array):
+    model = Linear(2, 3, rng=0)
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"bias has dtype .*, expected real numbers, such as float32"):
+        model.load_state_dict({"weight": np.zeros((3, 2)), "bias": array})
+    for name, kept in model.state_dict().items():
+        np.testing.assert_array_equal(kept, before[name])

@@ -20,7 +20,7 @@ Image = pytest.importorskip("PIL.Image")
 from predict import PictureError, read_image  # noqa: E402
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "predict.py"
-MUTATIONS = int(os.environ.get("MINIRES_PICTURE_MUTATIONS", 2_000))
+MUTATIONS = int(os.environ.get("MINIRES_TEST_MUTATIONS", "2000"))
 ORIENTATION = 0x0112
 SAMPLE = load_sample().test_images[5]  # (32, 32, 3)
 GREY = np.asarray(Image.fromarray(SAMPLE).convert("L"))
@@ -270,6 +270,7 @@ def pictures():
         yield name, content.getvalue()
 
 
+@pytest.mark.slow
 def test_thousands_of_damaged_pictures_are_read_or_named(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)  # a damaged size asks for seconds of work
 

@@ -159,6 +159,7 @@ def copy(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_run_is_published_by_one_command(copy):
     code, out, err = run("publish.py", copy / "run", "--data", "sample", "--note", "a test", root=copy)
     assert code == 0, err
@@ -187,6 +188,7 @@ def test_a_run_is_published_by_one_command(copy):
     assert f"accuracy {result['test_accuracy']:.2%}" in out.splitlines()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [

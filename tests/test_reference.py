@@ -1,12 +1,18 @@
 """The kernels: cases done by hand, and the properties that their definitions promise."""
 
+import doctest
+
 import numpy as np
 import pytest
 
 from minires.kernels import reference
 from minires.kernels.reference import (
+    batch_norm_add_relu_backward_sums,
+    batch_norm_add_relu_forward,
     batch_norm_backward,
+    batch_norm_backward_sums,
     batch_norm_forward,
+    batch_norm_statistics,
     col2im,
     conv2d_backward,
     conv2d_forward,
@@ -16,6 +22,8 @@ from minires.kernels.reference import (
     global_avg_pool2d_forward,
     im2col,
     linear_forward,
+    max_pool2d_backward,
+    max_pool2d_forward,
     relu_backward,
     relu_forward,
     softmax_cross_entropy_backward,
@@ -38,8 +46,24 @@ SHAPES = [
 ]
 
 
+def batch_norm_of_its_batch(x, weight, bias, eps):
+    mean, var = batch_norm_statistics(x)
+    return batch_norm_forward(x, weight, bias, mean, var, eps), mean, var
+
+
+def batch_norm_gradients(dout, x, weight, mean, var, eps):
+    dweight, dbias = batch_norm_backward_sums(dout, x, mean, var, eps)
+    return batch_norm_backward(dout, x, weight, mean, var, eps, dweight, dbias), dweight, dbias
+
+
+def test_the_worked_numbers_of_the_docstrings():
+    failed, tried = doctest.testmod(reference)
+    assert failed == 0
+    assert tried >= 20
+
+
 def direct_convolution(x, weight, stride, padding):
-    """The definition, place by place."""
+    """The definition, position by position."""
     kh, kw, _, O = weight.shape
     padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     oh = (padded.shape[1] - kh) // stride + 1
@@ -134,7 +158,7 @@ def test_label_smoothing_spreads_the_target(rng):
 def test_batch_norm_normalises_channels_of_very_different_scale(rng):
     scale, shift = np.array([1e-2, 1.0, 1e3]), np.array([5.0, -1.0, 1e4])
     x = (rng.standard_normal((16, 5, 7, 3)) * scale + shift).astype(np.float32)
-    out, mean, var = batch_norm_forward(x, np.ones(3, np.float32), np.zeros(3, np.float32), eps=0.0)
+    out, mean, var = batch_norm_of_its_batch(x, np.ones(3, np.float32), np.zeros(3, np.float32), eps=0.0)
     np.testing.assert_allclose(mean, x.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-6)
     np.testing.assert_allclose(var, x.var(axis=(0, 1, 2), dtype=np.float64), rtol=1e-5)
     np.testing.assert_allclose(out.mean(axis=(0, 1, 2)), 0, atol=1e-4)
@@ -143,7 +167,7 @@ def test_batch_norm_normalises_channels_of_very_different_scale(rng):
 
 def test_batch_norm_of_a_constant_channel_is_its_bias():
     x = np.full((4, 8, 8, 1), 1234.567, np.float32)
-    out, _, var = batch_norm_forward(x, np.ones(1, np.float32), np.full(1, 3, np.float32), eps=1e-5)
+    out, _, var = batch_norm_of_its_batch(x, np.ones(1, np.float32), np.full(1, 3, np.float32), eps=1e-5)
     assert 0 <= var[0] < 1e-6
     np.testing.assert_allclose(out, 3, atol=0.05)
 
@@ -151,24 +175,73 @@ def test_batch_norm_of_a_constant_channel_is_its_bias():
 def test_batch_norm_with_residual_and_relu_is_the_three_steps_in_a_row(rng):
     x, residual, dout = rng.standard_normal((3, 4, 5, 6, 2))
     weight, bias = rng.standard_normal((2, 2))
-    plain, mean, var = batch_norm_forward(x, weight, bias, 1e-5)
-    out, *_ = batch_norm_forward(x, weight, bias, 1e-5, residual, relu=True)
+    plain, mean, var = batch_norm_of_its_batch(x, weight, bias, 1e-5)
+    out = batch_norm_add_relu_forward(x, weight, bias, mean, var, 1e-5, residual, relu=True)
     np.testing.assert_array_equal(out, np.maximum(plain + residual, 0))
-    dx, dweight, dbias, dresidual = batch_norm_backward(dout, x, out, weight, mean, var, 1e-5, relu=True)
-    np.testing.assert_array_equal(dresidual, dout * (out > 0))
-    for actual, expected in zip(
-        (dx, dweight, dbias), batch_norm_backward(dresidual, x, None, weight, mean, var, 1e-5), strict=False
-    ):
+    g, *sums = batch_norm_add_relu_backward_sums(dout, x, out, mean, var, 1e-5)
+    np.testing.assert_array_equal(g, dout * (out > 0))
+    for actual, expected in zip(sums, batch_norm_backward_sums(g, x, mean, var, 1e-5), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
 def test_batch_norm_sends_back_nothing_along_1_and_x(rng):
     x, dout = rng.standard_normal((2, 4, 3, 3, 2))
     weight = np.array([2.0, -3.0])
-    _, mean, var = batch_norm_forward(x, weight, np.zeros(2), 0.0)
-    dx, *_ = batch_norm_backward(dout, x, None, weight, mean, var, 0.0)
+    dx, *_ = batch_norm_gradients(dout, x, weight, *batch_norm_statistics(x), 0.0)
     np.testing.assert_allclose(dx.sum(axis=(0, 1, 2)), 0, atol=1e-12)
     np.testing.assert_allclose((dx * x).sum(axis=(0, 1, 2)), 0, atol=1e-12)
+
+
+def test_batch_norm_of_a_batch_in_two_parts_whose_statistics_and_sums_are_put_together(rng):
+    """What several processes do: the sums of all, times the share of the rows that a part has."""
+    x, dout = rng.standard_normal((2, 6, 3, 4, 2))
+    weight = np.array([2.0, -3.0])
+    mean, var = batch_norm_statistics(x)
+    expected, dweight, dbias = batch_norm_gradients(dout, x, weight, mean, var, 1e-5)
+    parts = slice(0, 2), slice(2, 6)
+    sums = [batch_norm_backward_sums(dout[part], x[part], mean, var, 1e-5) for part in parts]
+    for total, both in zip((dweight, dbias), zip(*sums, strict=True), strict=True):
+        np.testing.assert_allclose(sum(both), total)
+    for part, share in zip(parts, (1 / 3, 2 / 3), strict=True):
+        dx = batch_norm_backward(dout[part], x[part], weight, mean, var, 1e-5, dweight * share, dbias * share)
+        np.testing.assert_allclose(dx, expected[part], atol=1e-12)
+
+
+def direct_max_pool(x, k, stride):
+    N, H, W, C = x.shape
+    oh, ow = (H - k) // stride + 1, (W - k) // stride + 1
+    out = np.zeros((N, oh, ow, C), x.dtype)
+    for i in range(oh):
+        for j in range(ow):
+            out[:, i, j] = x[:, i * stride : i * stride + k, j * stride : j * stride + k].max(axis=(1, 2))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("H", "W", "k", "stride"), [(8, 8, 2, 2), (7, 5, 3, 1), (7, 9, 3, 2), (9, 6, 2, 3), (4, 4, 1, 1)]
+)
+def test_max_pooling_is_its_definition_and_sends_dout_to_the_largest_pixels(rng, H, W, k, stride):
+    x = rng.standard_normal((3, H, W, 2))
+    out = max_pool2d_forward(x, (k, k), stride)
+    np.testing.assert_array_equal(out, direct_max_pool(x, k, stride))
+    dout = rng.standard_normal(out.shape)
+    dx = max_pool2d_backward(dout, x, out, (k, k), stride)
+    np.testing.assert_allclose((dx * x).sum(), (dout * out).sum())  # out is linear in x while the largest stay so
+    np.testing.assert_allclose(dx.sum(axis=(1, 2)), dout.sum(axis=(1, 2)))
+    assert not np.shares_memory(out, x)
+
+
+def test_on_a_tie_the_first_of_the_largest_gets_the_gradient():
+    x = np.zeros((1, 4, 4, 1))
+    x[0, 1, 1] = x[0, 2, 3] = x[0, 3, 2] = 5
+    out = max_pool2d_forward(x, (2, 2), 2)
+    dx = max_pool2d_backward(np.array([1.0, 2, 3, 4]).reshape(1, 2, 2, 1), x, out, (2, 2), 2)
+    np.testing.assert_array_equal(dx.reshape(4, 4), [[0, 0, 2, 0], [0, 1, 0, 0], [3, 0, 0, 4], [0, 0, 0, 0]])
+
+
+def test_max_pooling_lets_a_nan_through():
+    x = np.array([[1.0, np.nan], [2.0, 0.0]]).reshape(1, 2, 2, 1)
+    assert np.isnan(max_pool2d_forward(x, (2, 2), 2)).all()
 
 
 def test_im2col_by_hand():

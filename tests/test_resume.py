@@ -23,6 +23,7 @@ from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_chec
 from minires.training.folder import check_space, locked, new_folder
 from minires.training.script import explain
 from minires.training.signals import interrupts
+from minires.training.weights import save_weights
 
 train_cifar = pytest.importorskip("train_cifar")
 from test_examples import start as start_script  # noqa: E402  (what examples need may be missing)
@@ -142,6 +143,7 @@ def test_stopped_in_any_step(begin, go_on, whole, tmp_path, monkeypatch, capsys,
     assert content(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", ["--full-train", "--no-full-train"])
 def test_stopped_anywhere_with_averaged_weights(train, tmp_path, monkeypatch, full):
     """Momentum, the average and its statistics; the last weights of all images, or the best by validation."""
@@ -169,6 +171,31 @@ def test_a_log_that_is_ahead_of_the_checkpoint_is_set_back(train, tmp_path, monk
     assert (tmp_path / "run" / "log.csv").read_text() == log
 
 
+def test_best_weights_that_are_ahead_of_the_checkpoint_are_set_back(begin, go_on, tmp_path, monkeypatch):
+    def stopped_at(step, run):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, step)
+            assert run() == 130
+        model, row = load_model(tmp_path / "run" / "best.safetensors")
+        return {name: array.tobytes() for name, array in model.state_dict().items()}, row
+
+    best = stopped_at(STEPS, begin)
+    save_weights(tmp_path / "run" / "best.safetensors", ResNet((1,), (2,)))  # as if killed after another epoch
+    assert stopped_at(STEPS + 1, go_on) == best
+
+
+@pytest.mark.slow
+def test_averaging_and_validating_leave_the_training_as_it_is(train, tmp_path):
+    def training_losses(ema):
+        folder = tmp_path / ema
+        assert train(*FLAGS.split(), "--recipe", "fast", "--no-full-train", "--ema", ema, "--out", folder) == 0
+        with open(folder / "log.csv") as file:
+            return [row["train_loss"] for row in csv.DictReader(file)]
+
+    assert training_losses("0.5") == training_losses("0")
+
+
+@pytest.mark.slow
 def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_and_tested(train, tmp_path, monkeypatch):
     """Three batches give the statistics and one is validated in each epoch; the ninth batch is the test's."""
     flags = [*FLAGS.split(), "--recipe", "fast", "--no-full-train"]
@@ -191,6 +218,7 @@ def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_an
         assert content(tmp_path / f"run {batch}") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step(begin, go_on, whole, tmp_path, monkeypatch):
     for step in range(EPOCHS * STEPS):
         with monkeypatch.context() as patch:
@@ -229,6 +257,7 @@ def test_gone_on_with_another_number_of_threads(begin, go_on, whole, tmp_path, m
     assert content(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu"), ("gpu", "gpu")])
 def test_from_one_device_to_the_other(strict_gpu, train, tmp_path, monkeypatch, capsys, first, second):
     """With the reference kernels, which serve both, the bits are the same."""
@@ -253,7 +282,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(begin, go_on, whole, t
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors is damaged.*going on from .*previous\.safetensors"):
+    with pytest.warns(UserWarning, match=r"checkpoint\.safetensors is damaged.*resuming from .*previous\.safetensors"):
         assert go_on() == 0
     assert (tmp_path / "run" / DAMAGED).read_bytes() == data
     assert content(tmp_path / "run") == whole
@@ -351,9 +380,14 @@ def test_a_changed_version_is_told(stopped, go_on, monkeypatch, capsys):
 
 
 def test_the_seconds_of_a_run_are_those_it_has_computed(stopped, go_on):
-    seconds = load_checkpoint(stopped)[1]["seconds"]
+    state, position = load_checkpoint(stopped)
+    save_checkpoint(stopped, state, position | {"seconds": 5000.0, "epoch_seconds": 4000.0})
     assert go_on() == 0
-    assert json.loads((stopped / "result.json").read_text())["seconds"] >= round(seconds, 1)
+    assert 5000 <= json.loads((stopped / "result.json").read_text())["seconds"] < 5100
+    with open(stopped / "log.csv") as file:
+        first, second = (float(row["seconds"]) for row in csv.DictReader(file))
+    assert 4000 <= first < 4100
+    assert second < 100
 
 
 # What is not finite
@@ -447,6 +481,7 @@ def start(*args, **kwargs):
     return start_script(SCRIPT, *args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_path, number, code):
@@ -466,6 +501,7 @@ def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_pa
     assert "test accuracy" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
     flags = ["--data", "sample", "--device", "cpu", "--batch-size", "60", "--checkpoint-every", "0"]
     process = start(*flags, "--blocks", "1", "1", "1", "1", "--out", tmp_path / "run")
@@ -484,7 +520,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
     ("flags", "environment", "code", "line"),
     [
         (["--resume", "/nowhere"], {}, 2, "error: there is no run in /nowhere: No such file or directory"),
-        (["--data", "sample"], {"MINIRES_NUM_THREADS": "x"}, 2, "error: MINIRES_NUM_THREADS must be a whole number"),
+        (["--data", "sample"], {"MINIRES_NUM_THREADS": "x"}, 2, "error: MINIRES_NUM_THREADS must be an integer"),
         (["--data", "sample"], {"MINIRES_KERNELS": "x"}, 2, "error: MINIRES_KERNELS must be 'fast' or 'reference'"),
         (
             ["--data", "sample", "--out", "/dev/null/x"],
@@ -540,6 +576,7 @@ def test_debug_shows_the_traceback(tmp_path):
 # The output, the disk, the folder
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_checkpoint(tmp_path):
     process = start(*FLAGS.split(), "--epochs", "3", "--out", "run", cwd=tmp_path)
     process.stdout.readline()
@@ -628,7 +665,7 @@ def test_a_full_disk_names_the_folder_to_go_on_with(stopped):
     assert code == 1
     assert line == (
         f"{stopped / 'log.csv'}: No space left on device; what was there before is unharmed. Once the cause is mended, "
-        f"the run goes on with --resume {stopped}"
+        f"resume the run by --resume {stopped}"
     )
 
 
@@ -725,6 +762,7 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, train):
 ONE_STEP = [*FLAGS.split(), "--epochs", "1", "--limit-batches", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nosuch"])
 def test_a_backend_of_matplotlib_that_is_not_there_ends_no_run(tmp_path, backend):
     process = start(*ONE_STEP, "--out", tmp_path / "run", env=os.environ | {"MPLBACKEND": backend}, pictures=True)
@@ -742,6 +780,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_ends_no_run(tmp_path, monkey
     assert capsys.readouterr().err == f"no picture {tmp_path / 'curves.png'}: no ink\n"
 
 
+@pytest.mark.slow
 def test_a_process_without_standard_error_trains(tmp_path):
     command = [sys.executable, str(SCRIPT), *ONE_STEP, "--out", str(tmp_path / "run")]
     done = subprocess.run(["sh", "-c", shlex.join(command) + " 2>&-"], stdout=subprocess.PIPE, timeout=100)
@@ -754,6 +793,7 @@ def test_a_signal_to_a_process_without_standard_error_is_written_into_no_file(tm
     code = """
 import os, signal, sys
 from minires.training.signals import interrupts
+from minires.training.weights import save_weights
 sys.stderr = None
 with interrupts() as arrived:
     os.kill(os.getpid(), signal.SIGTERM)

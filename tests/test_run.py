@@ -109,6 +109,14 @@ def test_a_run_that_was_begun_otherwise_is_refused(tmp_path):
     train(tmp_path, settings={"lr": 0.1, "note": "b"}, free=["note"])
 
 
+def test_a_run_with_other_batches_than_it_began_with_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop_in(4))
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 2)
+    with pytest.raises(UsageError, match=r"has done 5 steps in 1 epochs and a part, which have not 2 steps each"):
+        train(tmp_path)
+
+
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         train(tmp_path, stop_in(1))

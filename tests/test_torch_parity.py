@@ -11,6 +11,8 @@ from minires.training import load_model, save_weights
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra 'compare')")
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {np.float32: 1e-4, np.float64: 1e-10}  # relative norms
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
 
@@ -179,6 +181,35 @@ def test_an_average_of_the_weights_and_its_statistics():
     for (name, parameter), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
         array = parameter.data.transpose(parameter.torch_axes)
         assert relative_error(array, expected.detach()) < 1e-10, name
+
+
+@each_dtype
+@pytest.mark.parametrize(("kernel_size", "stride"), [(2, None), (3, 2), (3, 1), (2, 3)])
+def test_max_pooling_and_its_ties(dtype, kernel_size, stride):
+    """Small integers, so that most windows have several largest pixels."""
+    rng = np.random.default_rng(11)
+    for x in (rng.integers(0, 3, (3, 9, 8, 4)), rng.standard_normal((3, 9, 8, 4))):
+        x = x.astype(dtype)
+        torch_x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).requires_grad_()
+        layer = minires.MaxPool2d(kernel_size, stride)
+        out = layer(x)
+        torch_out = torch.nn.MaxPool2d(kernel_size, stride)(torch_x)
+        np.testing.assert_array_equal(out.transpose(0, 3, 1, 2), torch_out.detach())
+        dout = rng.integers(-9, 9, out.shape).astype(dtype)  # sums of integers are exact in any order
+        torch_out.backward(torch.from_numpy(dout.transpose(0, 3, 1, 2).copy()))
+        np.testing.assert_array_equal(layer.backward(dout).transpose(0, 3, 1, 2), torch_x.grad)
+
+
+@each_dtype
+def test_flattening_differs_by_the_order_that_its_docstring_says(dtype):
+    rng = np.random.default_rng(12)
+    x, weight = rng.standard_normal((3, 4, 5, 6)).astype(dtype), rng.standard_normal((7, 6 * 4 * 5)).astype(dtype)
+    K, H, W, C = 7, 4, 5, 6
+    torch_x = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    expected = torch.nn.functional.linear(torch.nn.Flatten()(torch_x), torch.from_numpy(weight))
+    model = minires.Sequential(minires.Flatten(), minires.Linear(C * H * W, K, bias=False)).to(dtype=dtype)
+    model.load_state_dict({"1.weight": weight.reshape(K, C, H, W).transpose(0, 2, 3, 1).reshape(K, -1)})
+    assert relative_error(model(x), expected) < TOLERANCE[dtype]
 
 
 def test_dropout_scales_as_pytorch_does():

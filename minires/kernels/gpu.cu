@@ -30,7 +30,7 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // Load four 8x8 matrices of halves (or 8x4 of floats), a row's 16 bytes from the address that each lane gives. Lane l
-// gets the 4 bytes at row l / 4, place l % 4 of each; transposed, the elements (2 (l % 4), l / 4) and the one below it.
+// gets the 4 bytes at row l / 4, position l % 4 of each; transposed, the elements (2 (l % 4), l / 4) and the one below.
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -132,7 +132,7 @@ __global__ void average_pool(const T* x, T* out, int N, int pixels, int C) {
     const int i = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (i >= N * C) return;
     const T* from = x + (long long)(i / C) * pixels * C + i % C;
-    float sum[V] = {};
+    double sum[V] = {};
     for (int pixel = 0; pixel < pixels; ++pixel) {
         const Pack<T, V> p = load<V>(from + (long long)pixel * C);
         for (int v = 0; v < V; ++v) sum[v] += float(p.item[v]);
@@ -227,7 +227,7 @@ __global__ void softmax_cross_entropy_backward(const float* probabilities, const
 // ---------------------------------------------------------------------------------------------------------------------
 // Batch normalisation: statistics in two stages, and then one pass for all the rest
 //
-// A block's threads stand in a rectangle: threadIdx.x is the place among the channels (V of them), threadIdx.y the row.
+// A block's threads stand in a rectangle: threadIdx.x is the index among the channels (V of them), threadIdx.y the row.
 // A block takes a chunk of ROWS rows for each of its threads; blockIdx.x counts chunks, blockIdx.y slices of channels.
 // blockDim.x is a power of 2 up to 32, and there are 256 threads. Where the last chunk is not full, its threads read
 // the last row again and leave it out: loads without a condition can all be under way at once.
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(256) batch_norm_moments(const T* x, float* par
     Pack<T, V> p[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) p[i] = load<V>(x + (long long)min(row + i * step, M - 1) * C + c);
-    float mean[V] = {}, squares[V] = {};
+    float mean[V] = {}, rest[V] = {}, squares[V] = {};
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
         for (int v = 0; v < V; ++v) mean[v] += row + i * step < M ? float(p[i].item[v]) : 0.f;
@@ -273,13 +273,15 @@ __global__ void __launch_bounds__(256) batch_norm_moments(const T* x, float* par
     for (int i = 0; i < ROWS; ++i)
         for (int v = 0; v < V; ++v) {
             const float centred = row + i * step < M ? float(p[i].item[v]) - mean[v] : 0.f;
+            rest[v] += centred;
             squares[v] += centred * centred;
         }
+    sum_over_block(rest, shared);  // what rounding has left of the mean: 0 but for large numbers close together
     sum_over_block(squares, shared);
     if (threadIdx.y == 0)
         for (int v = 0; v < V; ++v) {
-            partial[(blockIdx.x * 2LL + 0) * C + c + v] = mean[v];
-            partial[(blockIdx.x * 2LL + 1) * C + c + v] = squares[v];
+            partial[(blockIdx.x * 2LL + 0) * C + c + v] = mean[v] + rest[v] * share;
+            partial[(blockIdx.x * 2LL + 1) * C + c + v] = squares[v] - rest[v] * rest[v] * share;
         }
 }
 
@@ -355,12 +357,13 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// Backward, stage one: sums of g and of g x_hat over each chunk of rows, partial (chunks, 2, C).
-// Bytes: 2 of x, or 3 with relu
+// Backward, stage one: g is dout, or with a ReLU 0 where out is not positive, and then written to `masked`; the sums of
+// g and of g x_hat over each chunk of rows, partial (chunks, 2, C). Without a ReLU, out and masked are null.
+// Bytes: 2 of x, or 4 with a ReLU
 template <typename T, int V, int ROWS>
 __global__ void __launch_bounds__(256)
     batch_norm_backward_sums(const T* dout, const T* x, const T* out, const float* mean, const float* var,
-                             float* partial, int M, int C, float eps, bool relu) {
+                             float* partial, T* masked, int M, int C, float eps) {
     __shared__ float shared[9 * 32 * V];
     const int c = min((int)(blockIdx.y * blockDim.x + threadIdx.x) * V, C - V), step = blockDim.y;
     const int row = blockIdx.x * ROWS * step + threadIdx.y;
@@ -369,13 +372,16 @@ __global__ void __launch_bounds__(256)
 #pragma unroll 4
     for (int i = 0; i < ROWS; ++i) {
         const long long at = (long long)min(row + i * step, M - 1) * C + c;
-        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at), o = load<V>((relu ? out : x) + at);
+        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at), o = load<V>((out ? out : x) + at);
+        Pack<T, V> kept;
         for (int v = 0; v < V; ++v) {
-            const bool counts = row + i * step < M && (!relu || float(o.item[v]) > 0);
+            const bool counts = row + i * step < M && (!out || float(o.item[v]) > 0);
             const float g = counts ? float(d.item[v]) : 0.f;
             sum[v] += g;
             product[v] += g * (float(p.item[v]) - centre[v]);
+            kept.item[v] = T(g);
         }
+        if (masked && row + i * step < M) store(masked + at, kept);
     }
     sum_over_block(sum, shared);
     sum_over_block(product, shared);
@@ -405,17 +411,15 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// Backward, the last pass: dx = weight rstd (g - dbias / M - x_hat dweight / M), and g itself if dresidual is given.
-// Bytes: 3 of x, 1 more with relu, 1 more with a residual
+// Backward, the last pass: dx = weight rstd (dout - dbias / M - x_hat dweight / M).   Bytes: 3 of x
 template <typename T, int V, int ROWS>
 __global__ void __launch_bounds__(256)
-    batch_norm_backward_apply(const T* dout, const T* x, const T* out, const float* weight, const float* mean,
-                              const float* var, const float* dbias, const float* dweight, T* dx, T* dresidual, int M,
-                              int C, float eps, bool relu) {
+    batch_norm_backward_apply(const T* dout, const T* x, const float* weight, const float* mean, const float* var,
+                              const float* dbias, const float* dweight, T* dx, int M, int C, float eps) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * V, step = blockDim.y;
     const int row = blockIdx.x * ROWS * step + threadIdx.y;
     if (c >= C) return;
-    float scale[V], slope[V], shift[V];  // dx = scale g - slope (x - mean) - shift, sorted by what varies
+    float scale[V], slope[V], shift[V];  // dx = scale dout - slope (x - mean) - shift, sorted by what varies
     for (int v = 0; v < V; ++v) {
         const float rstd = rsqrtf(var[c + v] + eps);
         scale[v] = weight[c + v] * rstd;
@@ -425,17 +429,12 @@ __global__ void __launch_bounds__(256)
 #pragma unroll 4
     for (int i = 0; i < ROWS; ++i) {
         const long long at = (long long)min(row + i * step, M - 1) * C + c;
-        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at), o = load<V>((relu ? out : x) + at);
-        Pack<T, V> result, masked;
-        for (int v = 0; v < V; ++v) {
-            const float g = relu && !(float(o.item[v]) > 0) ? 0.f : float(d.item[v]);
-            result.item[v] = T(g * scale[v] - (float(p.item[v]) - mean[c + v]) * slope[v] - shift[v]);
-            masked.item[v] = T(g);
-        }
-        if (row + i * step < M) {
-            store(dx + at, result);
-            if (dresidual) store(dresidual + at, masked);
-        }
+        const Pack<T, V> d = load<V>(dout + at), p = load<V>(x + at);
+        Pack<T, V> result;
+        for (int v = 0; v < V; ++v)
+            result.item[v] =
+                T(float(d.item[v]) * scale[v] - (float(p.item[v]) - mean[c + v]) * slope[v] - shift[v]);
+        if (row + i * step < M) store(dx + at, result);
     }
 }
 
@@ -443,9 +442,9 @@ __global__ void __launch_bounds__(256)
 // Convolution by columns: im2col and its adjoint, for a matrix product in between
 // ---------------------------------------------------------------------------------------------------------------------
 
-// columns[(n, i, j), (h, w, c)] = x[n, i stride + h - padding, j stride + w - padding, c]; a row has `row_size` places,
-// and what is beyond kh kw C is 0. V divides row_size; where it divides C as well, V places are one load (WHOLE).
-// Grid: a thread for V places.   Bytes: x and the columns, 1 each
+// columns[(n, i, j), (h, w, c)] = x[n, i stride + h - padding, j stride + w - padding, c]. A row has row_size numbers;
+// what is beyond kh kw C is 0. V divides row_size; where it divides C as well, V numbers are one load (WHOLE).
+// Grid: a thread for V numbers.   Bytes: x and the columns, 1 each
 template <typename T, int V, bool WHOLE>
 __global__ void im2col(const T* x, T* columns, long long size, int row_size, int H, int W, int C, int oh, int ow,
                        int kh, int kw, int stride, int padding) {
@@ -475,7 +474,7 @@ __global__ void im2col(const T* x, T* columns, long long size, int row_size, int
     store(columns + at, p);
 }
 
-// The adjoint, as a gather: a pixel collects from every window that shows it, so no two threads write to one place.
+// The adjoint, as a gather: a pixel collects from every window that shows it, so no two threads write to one position.
 // Grid: a thread for V channels of a pixel.   Bytes: the columns and dx, 1 each
 template <typename T, int V>
 __global__ void col2im(const T* columns, T* dx, long long size, int H, int W, int C, int oh, int ow, int kh, int kw,
@@ -519,7 +518,7 @@ __global__ void cast(const float* from, T* to, int size) {
 // Tiles lie in shared memory in one of two ways, as they lie in global memory:
 //     inner     a row holds INNER bytes along the inner dimension, 64 or 128; `ldmatrix` hands them out as the tensor
 //               cores want them
-//     outer     a row holds BM or BN numbers of one place of the inner dimension, and has to be transposed on the way:
+//     outer     a row holds BM or BN numbers of one index of the inner dimension, and has to be transposed on the way:
 //               `ldmatrix` can for halves, floats are fetched one by one
 // In both, 16-byte chunks are swapped around within their row ("swizzled"), so that the eight rows of a matrix lie in
 // different banks.
@@ -529,11 +528,11 @@ __global__ void cast(const float* from, T* to, int size) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <int INNER>
-__device__ __forceinline__ int inner_place(int row, int chunk) {
+__device__ __forceinline__ int inner_position(int row, int chunk) {
     return row * INNER + ((chunk ^ (INNER == 128 ? row & 7 : row >> 1 & 3)) << 4);
 }
 template <typename T, int WIDTH>
-__device__ __forceinline__ int outer_place(int row, int chunk) {
+__device__ __forceinline__ int outer_position(int row, int chunk) {
     constexpr int BYTES = WIDTH * sizeof(T);
     const int swizzle = sizeof(T) == 4 ? (row & 3) << 1 : BYTES >= 128 ? row & 7 : row >> 1 & 3;
     return row * BYTES + ((chunk ^ swizzle) << 4);
@@ -550,21 +549,21 @@ __device__ __forceinline__ void round_to_tf32(float, unsigned (&r)[4]) {
 template <typename T, int INNER>
 __device__ __forceinline__ void left_inner(unsigned (&a)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
-    load_matrices(a, tile + inner_place<INNER>(first + lane % 16, part * 2 + lane / 16));
+    load_matrices(a, tile + inner_position<INNER>(first + lane % 16, part * 2 + lane / 16));
     round_to_tf32(T(0.f), a);
 }
 template <int WIDTH>
 __device__ __forceinline__ void left_outer(half, unsigned (&a)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
     load_matrices_transposed(
-        a, tile + outer_place<half, WIDTH>(part * 16 + lane % 8 + lane / 16 * 8, first / 8 + lane / 8 % 2));
+        a, tile + outer_position<half, WIDTH>(part * 16 + lane % 8 + lane / 16 * 8, first / 8 + lane / 8 % 2));
 }
 template <int WIDTH>
 __device__ __forceinline__ void left_outer(float, unsigned (&a)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32, row = part * 8 + lane % 4, m = first + lane / 4;
     for (int i = 0; i < 4; ++i) {
         const int r = row + i / 2 * 4, column = m + i % 2 * 8;
-        a[i] = *(const unsigned*)(tile + outer_place<float, WIDTH>(r, column / 4) + column % 4 * 4);
+        a[i] = *(const unsigned*)(tile + outer_position<float, WIDTH>(r, column / 4) + column % 4 * 4);
     }
     round_to_tf32(0.f, a);
 }
@@ -572,30 +571,31 @@ __device__ __forceinline__ void left_outer(float, unsigned (&a)[4], const byte* 
 template <typename T, int INNER>
 __device__ __forceinline__ void right_inner(unsigned (&b)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
-    load_matrices(b, tile + inner_place<INNER>(first + lane % 8 + lane / 16 * 8, part * 2 + lane / 8 % 2));
+    load_matrices(b, tile + inner_position<INNER>(first + lane % 8 + lane / 16 * 8, part * 2 + lane / 8 % 2));
     round_to_tf32(T(0.f), b);
 }
 template <int WIDTH>
 __device__ __forceinline__ void right_outer(half, unsigned (&b)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32;
-    load_matrices_transposed(b, tile + outer_place<half, WIDTH>(part * 16 + lane % 16, first / 8 + lane / 16));
+    load_matrices_transposed(b, tile + outer_position<half, WIDTH>(part * 16 + lane % 16, first / 8 + lane / 16));
 }
 template <int WIDTH>
 __device__ __forceinline__ void right_outer(float, unsigned (&b)[4], const byte* tile, int first, int part) {
     const int lane = threadIdx.x % 32, row = part * 8 + lane % 4, n = first + lane / 4;
     for (int i = 0; i < 4; ++i) {
         const int r = row + i % 2 * 4, column = n + i / 2 * 8;
-        b[i] = *(const unsigned*)(tile + outer_place<float, WIDTH>(r, column / 4) + column % 4 * 4);
+        b[i] = *(const unsigned*)(tile + outer_position<float, WIDTH>(r, column / 4) + column % 4 * 4);
     }
     round_to_tf32(0.f, b);
 }
 
 // FORWARD: out (N, oh, ow, O) from x (N, H, W, C). Otherwise the input gradient: dx, like x, from dout, like out.
 //
-// Both gather: a place of the target collects, tap by tap of the window, from a pixel of the source. Forward, place
-// (i, j) and tap (h, w) meet pixel (i stride + h - padding, ...). Backward, pixel (y, ...) of dx and tap h meet the
-// place (y + padding - h) / stride of dout, if that is whole: which taps do depends only on y % stride. So pixels are
-// taken in stride^2 phases, one to each blockIdx.z, and every tap of a phase counts for all its pixels.
+// Both gather: a position of the target collects, tap by tap of the window, from a pixel of the source. Forward, from
+// position (i, j) tap (h, w) sees pixel (i stride + h - padding, ...). Backward, pixel (y, ...) of dx was seen by tap h
+// from position (y + padding - h) / stride of dout, if that is an integer: for which taps it is depends only on
+// y % stride. So pixels are taken in stride^2 phases, one to each blockIdx.z, and every tap of a phase counts for all
+// its pixels.
 //
 // weight (kh, kw, C, O); the source's channels are a multiple of BK, the target's of BN.
 // Grid: (tiles of rows, target channels / BN, phases)
@@ -616,12 +616,12 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
               first_w = FORWARD ? 0 : (phase_w + padding) % stride;
     const int tap_step = FORWARD ? 1 : stride;
     const int taps_h = (kh - first_h + tap_step - 1) / tap_step, taps_w = (kw - first_w + tap_step - 1) / tap_step;
-    const int places_h = FORWARD ? oh : (H - phase_h + stride - 1) / stride;
-    const int places_w = FORWARD ? ow : (W - phase_w + stride - 1) / stride;
+    const int positions_h = FORWARD ? oh : (H - phase_h + stride - 1) / stride;
+    const int positions_w = FORWARD ? ow : (W - phase_w + stride - 1) / stride;
     const int source_h = FORWARD ? H : oh, source_w = FORWARD ? W : ow, channels = FORWARD ? C : O;
     const int target_h = FORWARD ? oh : H, target_w = FORWARD ? ow : W, target_channels = FORWARD ? O : C;
     const int direction = FORWARD ? 1 : -1;  // in which the source's pixel moves from tap to tap
-    const int M = N * places_h * places_w, first_row = blockIdx.x * BM, first_column = blockIdx.y * BN;
+    const int M = N * positions_h * positions_w, first_row = blockIdx.x * BM, first_column = blockIdx.y * BN;
     if (first_row >= M) return;
     const int steps = max(taps_h, 0) * max(taps_w, 0) * (channels / BK);
 
@@ -633,7 +633,7 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
 #pragma unroll
     for (int i = 0; i < LEFT_COPIES; ++i) {
         const int m = first_row + chunk_row + i * ROW_STEP;
-        const int x = m % places_w, y = m / places_w % places_h, n = m / places_w / places_h;
+        const int x = m % positions_w, y = m / positions_w % positions_h, n = m / positions_w / positions_h;
         const int row_y = FORWARD ? y * stride - padding : y + (phase_h + padding - first_h) / stride;
         const int row_x = FORWARD ? x * stride - padding : x + (phase_w + padding - first_w) / stride;
         row_from[i] = source + ((n * source_h + row_y) * source_w + row_x) * channels + chunk * CHUNK;
@@ -644,7 +644,7 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
         for (int t = 0; t < taps_h; ++t)
             if (m < M && (unsigned)(row_y + t * direction) < (unsigned)source_h) inside[i] |= inside_x << t * taps_w;
     }
-    const int left_place = inner_place<INNER>(chunk_row, chunk);
+    const int left_position = inner_position<INNER>(chunk_row, chunk);
 
     // The weights: forward, O is outermost in memory and the rows of a step follow each other from step to step;
     // backward, a row is a channel of dx, and the inner dimension, O, lies along it.
@@ -653,8 +653,8 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
     const int weight_chunk = thread % WEIGHT_ACROSS, weight_row = thread / WEIGHT_ACROSS;
     const T* weight_from =
         weight + (FORWARD ? weight_row * O + first_column : (first_column + weight_row) * O) + weight_chunk * CHUNK;
-    const int right_place =
-        FORWARD ? outer_place<T, BN>(weight_row, weight_chunk) : inner_place<INNER>(weight_row, weight_chunk);
+    const int right_position =
+        FORWARD ? outer_position<T, BN>(weight_row, weight_chunk) : inner_position<INNER>(weight_row, weight_chunk);
 
     // The next step to be copied: its tap of the window, its first channel, and its stage in shared memory
     int tap = 0, tap_x = 0, tap_y = 0, channel = 0, copy_stage = 0;
@@ -663,12 +663,12 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
         const int from = (tap_y * source_w + tap_x) * direction * channels + channel;
 #pragma unroll
         for (int i = 0; i < LEFT_COPIES; ++i)
-            copy16(left + left_place + i * ROW_STEP * INNER, row_from[i] + from, inside[i] >> tap & 1);
+            copy16(left + left_position + i * ROW_STEP * INNER, row_from[i] + from, inside[i] >> tap & 1);
         const int weight_tap = (first_h + tap_y * tap_step) * kw + first_w + tap_x * tap_step;
         const int weight_at = FORWARD ? (weight_tap * C + channel) * O : weight_tap * C * O + channel;
 #pragma unroll
         for (int i = 0; i < RIGHT_COPIES; ++i)
-            copy16(right + right_place + i * WEIGHT_STEP * WEIGHT_ROW_BYTES,
+            copy16(right + right_position + i * WEIGHT_STEP * WEIGHT_ROW_BYTES,
                    weight_from + weight_at + i * WEIGHT_STEP * O, true);
         if (++copy_stage == STAGES) copy_stage = 0;
         channel += BK;
@@ -711,7 +711,7 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
     // The tile goes through shared memory, so that the target is written 16 bytes at a time
     wait_for_copies<0>();
     __syncthreads();
-    auto tile_place = [&](int row, int column) {
+    auto tile_position = [&](int row, int column) {
         return row * BN * (int)sizeof(T) + ((column / CHUNK ^ (row & 7)) << 4) + column % CHUNK * (int)sizeof(T);
     };
 #pragma unroll
@@ -721,44 +721,44 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
 #pragma unroll
             for (int lower = 0; lower < 2; ++lower) {
                 const int row = warp_m + i * 16 + lane / 4 + lower * 8, column = warp_n + j * 8 + lane % 4 * 2;
-                store(reinterpret_cast<T*>(shared + tile_place(row, column)),
+                store(reinterpret_cast<T*>(shared + tile_position(row, column)),
                       Pack<T, 2>{{T(sum[i][j][lower * 2]), T(sum[i][j][lower * 2 + 1])}});
             }
     __syncthreads();
     for (int id = thread; id < BM * (BN / CHUNK); id += THREADS) {
         const int row = id / (BN / CHUNK), column = id % (BN / CHUNK) * CHUNK, m = first_row + row;
         if (m >= M) break;
-        const int x = m % places_w, y = m / places_w % places_h, n = m / places_w / places_h;
+        const int x = m % positions_w, y = m / positions_w % positions_h, n = m / positions_w / positions_h;
         const int target_y = FORWARD ? y : y * stride + phase_h, target_x = FORWARD ? x : x * stride + phase_w;
         store(target + (((long long)n * target_h + target_y) * target_w + target_x) * target_channels + first_column +
                   column,
-              load<CHUNK>(reinterpret_cast<const T*>(shared + tile_place(row, column))));
+              load<CHUNK>(reinterpret_cast<const T*>(shared + tile_position(row, column))));
     }
 }
 
-// dweight (kh*kw*C, O) = columns.T @ dout. The inner dimension, the places of dout, is long and the result small: each
-// blockIdx.z takes `places_each` of the places, and writes to its own part of partial (splits, kh*kw*C, O), which
+// dweight (kh*kw*C, O) = columns.T @ dout. The inner dimension, the positions of dout, is long, the result small: each
+// blockIdx.z takes `positions_each` of the positions, and writes to its own part of partial (splits, kh*kw*C, O), which
 // `sum_splits` adds up. A row of the result is a tap of the window and a channel; a block's rows may be those of
 // several taps, which read almost the same pixels.
 // kh kw C is a multiple of BM, C of 16 bytes, O of BN.   Grid: (kh kw C / BM, O / BN, splits)
 template <typename T, int BM, int BN, int WM, int WN, int STAGES, int INNER>
 __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
     convolve_weight_gradient(const T* x, const T* dout, float* partial, int N, int H, int W, int C, int oh, int ow,
-                             int O, int kw, int stride, int padding, int places_each) {
+                             int O, int kw, int stride, int padding, int positions_each) {
     constexpr int THREADS = BM / WM * (BN / WN) * 32, CHUNK = 16 / sizeof(T), BK = INNER / sizeof(T);
     constexpr int LEFT = BM * INNER, RIGHT = BN * INNER;
-    constexpr int SHARERS = THREADS / BK;  // of a place: so many threads copy its channels
+    constexpr int SHARERS = THREADS / BK;  // of a position: so many threads copy its channels
     constexpr int LEFT_COPIES = BM / CHUNK / SHARERS, RIGHT_COPIES = BN / CHUNK / SHARERS;
     extern __shared__ __align__(128) byte shared[];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int warp_m = warp / (BN / WN) * WM, warp_n = warp % (BN / WN) * WN;
     const int first_row = blockIdx.x * BM, first_o = blockIdx.y * BN;
-    const int first = blockIdx.z * places_each, end = min(first + places_each, N * oh * ow);
+    const int first = blockIdx.z * positions_each, end = min(first + positions_each, N * oh * ow);
     const int steps = (end - first + BK - 1) / BK;
 
-    // This thread follows one place, which moves on by BK from step to step, and sees it from several taps and channels
+    // This thread follows one position, which moves on by BK from step to step, and sees it from several taps, channels
     const int row = thread / SHARERS, sharer = thread % SHARERS;
-    int place = first + row, j = place % ow, i = place / ow % oh, n = place / ow / oh;
+    int position = first + row, j = position % ow, i = position / ow % oh, n = position / ow / oh;
     const int on_j = BK % ow, on_i = BK / ow % oh, on_n = BK / ow / oh;
     int tap_y[LEFT_COPIES], tap_x[LEFT_COPIES], from[LEFT_COPIES];
 #pragma unroll
@@ -772,18 +772,18 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
         byte *left = shared + copy_stage * (LEFT + RIGHT), *right = left + LEFT;
         const int y = i * stride, z = j * stride;
         const T* pixel = x + ((n * H + y) * W + z) * C;
-        const bool counts = place < end;
+        const bool counts = position < end;
 #pragma unroll
         for (int k = 0; k < LEFT_COPIES; ++k) {
             const bool inside = (unsigned)(y + tap_y[k]) < (unsigned)H && (unsigned)(z + tap_x[k]) < (unsigned)W;
-            copy16(left + outer_place<T, BM>(row, sharer + k * SHARERS), pixel + from[k], counts && inside);
+            copy16(left + outer_position<T, BM>(row, sharer + k * SHARERS), pixel + from[k], counts && inside);
         }
-        const T* gradient = dout + place * O + first_o + sharer * CHUNK;
+        const T* gradient = dout + position * O + first_o + sharer * CHUNK;
 #pragma unroll
         for (int k = 0; k < RIGHT_COPIES; ++k)
-            copy16(right + outer_place<T, BN>(row, sharer + k * SHARERS), gradient + k * SHARERS * CHUNK, counts);
+            copy16(right + outer_position<T, BN>(row, sharer + k * SHARERS), gradient + k * SHARERS * CHUNK, counts);
         if (++copy_stage == STAGES) copy_stage = 0;
-        place += BK, j += on_j, i += on_i, n += on_n;
+        position += BK, j += on_j, i += on_i, n += on_n;
         if (j >= ow) j -= ow, ++i;
         if (i >= oh) i -= oh, ++n;
     };

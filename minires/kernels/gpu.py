@@ -23,15 +23,8 @@ import pathlib
 import numpy as np
 
 from minires.backend import array_module
-from minires.kernels.reference import (  # noqa: F401  (the rest of the set)
-    add_and_relu,
-    dropout_mask,
-    output_size,
-    relu_backward,
-    relu_forward,
-    rsqrt,
-    sum_of_squares,
-)
+from minires.kernels import reference
+from minires.kernels.reference import output_size
 
 MIXED_DTYPES = (("float16", "float32"),)
 PRECISIONS = ("tf32", "float32")
@@ -54,13 +47,17 @@ ROWS_OF_A_GRADIENT = 32  # at least
 STEP_BYTES = 64  # of the shortest step along the inner dimension
 BLOCKS = 128  # that a convolution should have, one for each multiprocessor of a large GPU
 GRADIENT_BLOCKS = 264  # the same for the weight gradient, whose sums are split until there are so many
-SHORTEST_SPLIT = 1024  # places of the image that a block of the weight gradient sums at least
+SHORTEST_SPLIT = 1024  # positions of the image that a block of the weight gradient sums at least
 MOST_TAPS = 32  # of a window: one bit each
 INDEX_LIMIT = 2**31  # the kernels count elements in 32 bits
 
 NO_ARRAY = np.uint64(0)
 
 _precision = "tf32"
+
+
+def __getattr__(name):
+    return getattr(reference, name)
 
 
 def set_precision(precision):
@@ -243,7 +240,7 @@ def global_avg_pool2d_backward(dout, x_shape):
 def softmax_cross_entropy_forward(logits, labels, label_smoothing=0.0):
     """See `reference.softmax_cross_entropy_forward`; here loss and probabilities are float32."""
     xp = array_module(logits)
-    (logits,), labels = contiguous(logits), whole_numbers(labels)
+    (logits,), labels = contiguous(logits), integers(labels)
     probabilities, loss = xp.empty(logits.shape, "float32"), xp.empty((), "float32")
     name = f"softmax_cross_entropy<{type_name(logits)}, {type_name(labels)}>"
     launch(name, (1,), (1024,), logits, labels, probabilities, loss, *logits.shape, float(label_smoothing))
@@ -252,14 +249,14 @@ def softmax_cross_entropy_forward(logits, labels, label_smoothing=0.0):
 
 def softmax_cross_entropy_backward(dloss, probabilities, labels, label_smoothing=0.0):
     """See `reference.softmax_cross_entropy_backward`."""
-    labels, dlogits = whole_numbers(labels), array_module(probabilities).empty_like(probabilities)
+    labels, dlogits = integers(labels), array_module(probabilities).empty_like(probabilities)
     N, K = probabilities.shape
     arguments = (probabilities, labels, dlogits, N, K, float(label_smoothing), float(dloss) / N)
     launch(f"softmax_cross_entropy_backward<{type_name(labels)}>", blocks_of(N * K), (THREADS,), *arguments)
     return dlogits
 
 
-def whole_numbers(labels):
+def integers(labels):
     """Labels as the kernels take them, bytes or 64-bit integers."""
     return contiguous(labels if str(labels.dtype) in ("uint8", "int64") else labels.astype("int64"))[0]
 
@@ -280,8 +277,8 @@ def rectangle(x):
     return f"<{type_name(x)}, {V}, {rows}>", blocks, (lanes, THREADS // lanes), chunk
 
 
-def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
-    """See `reference.batch_norm_forward`. Two passes over memory, one for mean and variance, one for the output.
+def batch_norm_statistics(x):
+    """See `reference.batch_norm_statistics`. One pass over memory; the result is float32 for float16 too.
 
     Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
                 variances"
@@ -295,11 +292,16 @@ def batch_norm_forward(x, weight, bias, eps, residual=None, relu=False):
     mean, var = xp.empty(C, "float32"), xp.empty(C, "float32")
     launch("batch_norm_moments" + template, blocks, threads, x, partial, M, C)
     launch("batch_norm_merge", blocks_of(C, 8), (8, 32), partial, mean, var, blocks[0], chunk, M, C)
-    return batch_norm_inference(x, weight, bias, mean, var, eps, residual, relu), mean, var
+    return mean, var
 
 
-def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=False):
-    """See `reference.batch_norm_inference`."""
+def batch_norm_forward(x, weight, bias, mean, var, eps):
+    """See `reference.batch_norm_forward`."""
+    return batch_norm_add_relu_forward(x, weight, bias, mean, var, eps)
+
+
+def batch_norm_add_relu_forward(x, weight, bias, mean, var, eps, residual=None, relu=False):
+    """See `reference.batch_norm_add_relu_forward`. One pass over memory."""
     x, residual, weight, bias, mean, var = contiguous(x, residual, weight, bias, mean, var)
     out = array_module(x).empty_like(x)
     template, blocks, threads, _ = rectangle(x)
@@ -311,27 +313,36 @@ def batch_norm_inference(x, weight, bias, mean, var, eps, residual=None, relu=Fa
     return out
 
 
-def batch_norm_backward(dout, x, out, weight, mean, var, eps, relu=False, need_dresidual=True):
-    """See `reference.batch_norm_backward`. Two passes over memory, one for the two sums, one for dx and dresidual."""
+def batch_norm_backward_sums(dout, x, mean, var, eps):
+    """See `reference.batch_norm_backward_sums`."""
+    return batch_norm_add_relu_backward_sums(dout, x, None, mean, var, eps)[1:]
+
+
+def batch_norm_add_relu_backward_sums(dout, x, out, mean, var, eps):
+    """See `reference.batch_norm_add_relu_backward_sums`. One pass over memory."""
     xp = array_module(x)
-    dout, x, out = contiguous(dout.astype(x.dtype, copy=False), x, out)
-    weight, mean, var = contiguous(weight, mean, var)
+    dout, x, out, mean, var = contiguous(dout.astype(x.dtype, copy=False), x, out, mean, var)
     C = x.shape[-1]
     M = x.size // C
     template, blocks, threads, _ = rectangle(x)
     partial = xp.empty((blocks[0], 2, C), "float32")
-    dbias, dweight, dx = xp.empty(C, "float32"), xp.empty(C, "float32"), xp.empty_like(x)
-    masked = xp.empty_like(x) if need_dresidual and relu else None
-    arguments = (dout, x, out, mean, var, partial, M, C, float(eps), bool(relu))
+    dweight, dbias = xp.empty(C, "float32"), xp.empty(C, "float32")
+    masked = None if out is None else xp.empty_like(x)
+    arguments = (dout, x, out, mean, var, partial, masked, M, C, float(eps))
     launch("batch_norm_backward_sums" + template, blocks, threads, *arguments)
     launch("batch_norm_backward_merge", blocks_of(C, 8), (8, 32), partial, dbias, dweight, blocks[0], C)
-    launch(
-        "batch_norm_backward_apply" + template, blocks, threads,
-        dout, x, out, weight, mean, var, dbias, dweight, dx, masked, M, C, float(eps), bool(relu),
-    )  # fmt: skip
-    if not need_dresidual:
-        return dx, dweight, dbias, None
-    return dx, dweight, dbias, dout if masked is None else masked
+    return dout if masked is None else masked, dweight, dbias
+
+
+def batch_norm_backward(dout, x, weight, mean, var, eps, dweight, dbias):
+    """See `reference.batch_norm_backward`. One pass over memory."""
+    dout, x, weight, mean, var = contiguous(dout.astype(x.dtype, copy=False), x, weight, mean, var)
+    dx = array_module(x).empty_like(x)
+    template, blocks, threads, _ = rectangle(x)
+    C = x.shape[-1]
+    arguments = (dout, x, weight, mean, var, dbias, dweight, dx, x.size // C, C, float(eps))
+    launch("batch_norm_backward_apply" + template, blocks, threads, *arguments)
+    return dx
 
 
 def update_running_statistics(running_mean, running_var, mean, var, momentum, M):
@@ -412,9 +423,9 @@ def weight_gradient(dout, x, weight_shape, stride, padding):
 def is_implicit(x, weight_shape, out_shape):
     """Whether the tensor cores take a convolution from x to an output, or back."""
     kh, kw, C, columns = weight_shape
-    places = math.prod(out_shape[:3])
+    positions = math.prod(out_shape[:3])
     row = round_up(kh * kw * C, ROWS_OF_A_GRADIENT) if C % step_of(x) else 0  # of columns, which are made then
-    largest = max(x.size, places * out_shape[3], places * row)
+    largest = max(x.size, positions * out_shape[3], positions * row)
     allowed = x.dtype == "float16" or _precision == "tf32"
     return allowed and columns % COLUMNS_OF_A_TILE == 0 and kh * kw <= MOST_TAPS and largest < INDEX_LIMIT
 
@@ -468,19 +479,19 @@ def convolve(source, weight, target, geometry, forward):
 def convolve_weight_gradient(x, dout, weight_shape, geometry):
     xp = array_module(x)
     N, _, _, _, oh, ow, O, _, _, _ = geometry
-    places, rows = N * oh * ow, math.prod(weight_shape[:3])
+    positions, rows = N * oh * ow, math.prod(weight_shape[:3])
     tile = next(tile for tile in GRADIENT_TILES[str(x.dtype)] if rows % tile[0] == 0 and O % tile[1] == 0)
     BM, BN, WM, WN, stages, inner = tile
     tiles = rows // BM * (O // BN)
-    splits = max(1, min(GRADIENT_BLOCKS // tiles, places // SHORTEST_SPLIT))
-    places_each = round_up(-(-places // splits), inner // x.dtype.itemsize)
-    splits = -(-places // places_each)
+    splits = max(1, min(GRADIENT_BLOCKS // tiles, positions // SHORTEST_SPLIT))
+    positions_each = round_up(-(-positions // splits), inner // x.dtype.itemsize)
+    splits = -(-positions // positions_each)
     partial = xp.empty((splits, *weight_shape), "float32")
     launch(
         f"convolve_weight_gradient<{type_name(x)}, {tile_arguments(tile)}>",
         (rows // BM, O // BN, splits),
         (BM // WM * (BN // WN) * 32,),
-        *(x, dout, partial, *geometry, places_each),
+        *(x, dout, partial, *geometry, positions_each),
         shared_bytes=stages * (BM + BN) * inner,
     )
     if splits == 1:

@@ -31,6 +31,29 @@ def scratch(name, shape):
     return buffers[name][:count].reshape(shape)
 
 
+def padded_images(x, padding, height, width):
+    """Copy images into scratch memory, at (padding, padding) of a frame of zeros.
+
+    Shapes      x (n, H, W, C)  ->  (n, height, width, C)
+    """
+    n, H, W, C = x.shape
+    padded = scratch("padded", (n, height, width, C))
+    padded[:, :padding] = 0
+    padded[:, padding + H :] = 0
+    padded[:, padding : padding + H, :padding] = 0
+    padded[:, padding : padding + H, padding + W :] = 0
+    padded[:, padding : padding + H, padding : padding + W] = x
+    return padded
+
+
+def add_product(a, b, total, first):
+    """Add a @ b to the total, or put it there if it is the first."""
+    if first:
+        np.matmul(a, b, out=total)
+    else:
+        total += np.matmul(a, b, out=scratch("product", total.shape))
+
+
 def fresh(shape):
     """Return a float32 array with whatever it holds, for a result: what `np.empty` does, from memory that is kept.
 
@@ -45,7 +68,7 @@ def fresh(shape):
 
 
 def _take(size):
-    with _taking:  # meanwhile others only append to _idle, so places in it stay what they are
+    with _taking:  # meanwhile others only append to _idle, so an index into it stays right
         for i in range(len(_idle) - 1, -1, -1):  # the newest first: a cache may still hold some of it
             if _idle[i].size == size:
                 return _idle.pop(i)

@@ -10,7 +10,7 @@ from minires import cifar10
 
 
 def data_folder(text):
-    """Return "sample", or a folder in a way that is right wherever a run goes on from."""
+    """Return "sample", or a folder in a way that is right wherever a run is resumed from."""
     if not text:
         raise argparse.ArgumentTypeError(
             "expected sample or a folder, got an empty name; without --data the default is"

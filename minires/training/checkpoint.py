@@ -73,8 +73,8 @@ def save_checkpoint(folder, state, metadata):
     """Write a checkpoint into a run folder; the one there was before is kept as the previous one.
 
     Args        state: a dict of host arrays; metadata: a dict of what JSON can hold
-    Raises      FloatingPointError if a number is not finite, since nothing can go on from there; OSError that names the
-                file. Either way the last checkpoint is still there
+    Raises      FloatingPointError if a number is not finite, since no run can be resumed from there; OSError that names
+                the file. Either way the last checkpoint is still there
     """
     for name, array in state.items():
         if not np.isfinite(array).all():
@@ -114,7 +114,7 @@ def load_checkpoint(folder):
             if newest.exists():
                 os.replace(newest, folder / DAMAGED)
                 kept = f" (kept as {DAMAGED})"
-            warnings.warn(f"{problems[0]}{kept}; going on from {path}, the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{problems[0]}{kept}; resuming from {path}, the checkpoint before it", stacklevel=2)
         return state, metadata
     raise CheckpointError(
         f"no checkpoint in {folder} can be used: {'; '.join(problems)}. Bring one back from a copy, or start the run "

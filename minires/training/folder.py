@@ -47,7 +47,7 @@ def new_folder(out):
         if taken:
             raise UsageError(
                 f"--out {out} exists and is not an empty folder: name another, nothing is overwritten "
-                f"(--resume {out} goes on with a run)"
+                f"(--resume {out} resumes a run)"
             )
         try:
             with tempfile.TemporaryFile(dir=out):  # the rights alone do not tell: the disk may be there to be read only
@@ -78,7 +78,7 @@ def check_space(folder, checkpoint, weights):
     Raises      UsageError that says how much there is and how much a run takes
     """
     folder = folder.absolute()
-    written = [folder / name for name in (CHECKPOINT, PREVIOUS, WEIGHTS)]  # by a run that goes on
+    written = [folder / name for name in (CHECKPOINT, PREVIOUS, WEIGHTS)]  # by a run that is resumed
     present = sum(path.stat().st_size for path in written if path.exists())
     needed = max(checkpoint, 3 * checkpoint + weights - present) + PICTURES
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))

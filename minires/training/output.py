@@ -1,6 +1,5 @@
 """What a run says: a line for each epoch, a progress bar, pictures. None of it may end the run or lose an epoch."""
 
-import contextlib
 import os
 import sys
 import time
@@ -9,6 +8,7 @@ import warnings
 from tqdm import tqdm
 
 from minires import plots
+from minires.console import note, printable
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
@@ -24,19 +24,6 @@ def say(line, interrupted):
         interrupted.append(BROKEN_PIPE)
         if not isinstance(error, BrokenPipeError):
             warnings.warn(f"standard output: {error.strerror}; ending after this step", stacklevel=2)
-
-
-def note(line):
-    """Print a line beside the output proper; a process may have nowhere to print it (a service, 2>&-)."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(printable(line, sys.stderr), file=sys.stderr, flush=True)
-
-
-def printable(line, stream):
-    """Write what a stream's encoding lacks, such as Chinese names of folders on many consoles, as backslash escapes."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def output_works():

@@ -24,7 +24,6 @@ import contextlib
 import itertools
 import math
 import pathlib
-import shlex
 import sys
 import time
 import warnings
@@ -32,6 +31,7 @@ import warnings
 import numpy as np
 
 from minires.backend import array_module
+from minires.console import command_line, note
 from minires.layers import Dropout
 from minires.training.checkpoint import (
     PREVIOUS,
@@ -55,7 +55,7 @@ from minires.training.folder import (
     write_json,
     write_log,
 )
-from minires.training.output import Progress, draw, note, print_row, say
+from minires.training.output import Progress, draw, print_row, say
 from minires.training.signals import interrupts
 from minires.training.storage import CheckpointError, remove_parts
 from minires.training.weights import WEIGHTS, metadata_of, save_weights, write_state
@@ -162,19 +162,9 @@ class Run:
         self._signals = self._held.enter_context(interrupts())
 
         self.sums = xp.zeros(2, xp.float64)  # of losses and of right answers, in the current epoch
-        epoch_seconds = seconds = 0.0
+        self._started = self._epoch_started = self._saved_at = time.monotonic()
         if self._checkpoint:
-            state, position = self._checkpoint
-            restore_training_state(model, optimizer, average, state)
-            self.best, self.history, self.step = part_of(state, "best."), position["history"], position["step"]
-            self.seen, self.sums[0], self.sums[1] = position["seen"], position["loss_sum"], position["correct"]
-            self.optimizer.lr = position.get("lr", self.optimizer.lr)
-            epoch_seconds, seconds = position["epoch_seconds"], position["seconds"]
-            if self.best:  # the files may be ahead of the checkpoint
-                write_state(self.folder / WEIGHTS, self.best, best_row_of(self.history) | metadata_of(model))
-            self._write_log()
-        now = time.monotonic()
-        self._started, self._epoch_started, self._saved_at = now - seconds, now - epoch_seconds, now
+            self._restore(*self._checkpoint)
         self._saved, self._drawn_at = (self.step, len(self.history)), -math.inf
 
     def epochs(self):
@@ -308,6 +298,23 @@ class Run:
             raise self._not_finite(error, self.step) from error
         self._saved, self._saved_at = (self.step, len(self.history)), time.monotonic()
 
+    def _restore(self, state, position):
+        """Put everything where a checkpoint was written; the files beside it may be ahead of it."""
+        restore_training_state(self.model, self.optimizer, self.average, state)
+        self.best, self.history, self.step = part_of(state, "best."), position["history"], position["step"]
+        if not 0 <= self.step - len(self.history) * self.steps_per_epoch <= self.steps_per_epoch:
+            raise UsageError(
+                f"the run in {self.folder} has done {self.step} steps in {len(self.history)} epochs and a part, which "
+                f"have not {self.steps_per_epoch} steps each: resume it with the data and batches that it began with"
+            )
+        self.seen, self.sums[0], self.sums[1] = position["seen"], position["loss_sum"], position["correct"]
+        self.optimizer.lr = position.get("lr", self.optimizer.lr)
+        self._started -= position["seconds"]
+        self._epoch_started -= position["epoch_seconds"]
+        if self.best:
+            write_state(self.folder / WEIGHTS, self.best, best_row_of(self.history) | metadata_of(self.model))
+        self._write_log()
+
     def _end_step(self, progress):
         self.step += 1
         self.seen += len(self._batch[-1])
@@ -381,7 +388,7 @@ class Run:
         command += [self.resume_flag, str(self.folder.absolute())] if self.resume_flag else sys.argv[1:]
         return (
             f"\ninterrupted in epoch {epoch}, after step {self.step} of {self.total_steps}; to resume:\n    "
-            + shlex.join(command)
+            + command_line(command)
         )
 
 

@@ -3,15 +3,15 @@
 import contextlib
 import os
 import pathlib
-import shlex
 import signal
 import sys
 import warnings
 
 from minires import cifar10, kernels
 from minires.backend import GPUError
+from minires.console import command_line, note
 from minires.training.folder import SETTINGS, UsageError
-from minires.training.output import BROKEN_PIPE, drop_output, note, output_works
+from minires.training.output import BROKEN_PIPE, drop_output, output_works
 from minires.training.storage import CheckpointError
 
 
@@ -31,8 +31,8 @@ def explain(error):
         folder = pathlib.Path(os.fsdecode(error.filename)).absolute().parent
         if not (folder / SETTINGS).exists():
             return 1, line
-        line += "; what was there before is unharmed. Once the cause is mended, the run goes on with"
-        return 1, f"{line} --resume {shlex.quote(str(folder))}"
+        line += "; what was there before is unharmed. Once the cause is mended, resume the run by"
+        return 1, f"{line} --resume {command_line([str(folder)])}"
     if isinstance(error, MemoryError):
         return 1, f"{error}; a run that had begun is in its last checkpoint"
     return 1, f"{type(error).__name__}: {error} (--debug shows the place)"

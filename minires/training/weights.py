@@ -73,14 +73,6 @@ def load_published():
     return load_model(PUBLISHED)
 
 
-def pretrained():
-    """Return the network with the weights that come with minires, in evaluation mode, on the CPU, in float32.
-
-    Limits      ten classes, those of `cifar10.CLASSES`; images of 32x32 pixels, normalised by `cifar10.MEAN` and STD
-    """
-    return load_published()[0]
-
-
 def load_or_published(path=None):
     """Load the network that a script was given, or else the one that comes with minires, and say so.
 

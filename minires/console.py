@@ -1,0 +1,34 @@
+"""What is said beside a program's own output, on any console or on none, and commands that can be pasted from it."""
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+
+
+def note(line):
+    """Print a line to standard error; a process may have none (a service, 2>&-), or a closed one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(printable(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+def printable(line, stream):
+    """Write what a stream's encoding lacks, such as Chinese names of folders on many consoles, as backslash escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def progress_bar(**options):
+    """Return a bar of tqdm, which shows only where standard error is a terminal."""
+    from tqdm import tqdm
+
+    shown = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    return tqdm(disable=not shown, leave=False, dynamic_ncols=True, **options)
+
+
+def command_line(words):
+    """Join the words of a command so that it can be pasted into a shell, on Windows into its own."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
