@@ -19,8 +19,8 @@ import numpy as np
 
 from minires import cifar10
 from minires.backend import choose_device
+from minires.console import note
 from minires.training import UsageError
-from minires.training.output import note
 from minires.training.script import run_script
 from minires.training.weights import load_or_published, logits_of
 
