@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import re
 import struct
 import subprocess
 import sys
@@ -66,6 +67,21 @@ def test_three_classes_how_probable_each_is_and_that_there_are_ten(checkpoint, t
     assert len(percentages) == 3
     assert percentages == sorted(percentages, reverse=True)
     assert lines[2].startswith(f"No other classes are known than {', '.join(CLASSES)}")
+
+
+def test_the_cat_of_the_readme(capsys, monkeypatch):
+    """The picture that the front page shows, with what it says there."""
+    import predict
+
+    root = pathlib.Path(predict.__file__).parent.parent
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["predict.py", "examples/cat.jpg"])
+    assert predict.main() == 0
+    told = capsys.readouterr().out.splitlines()[1]
+    (shown,) = re.findall(r"# (examples/cat\.jpg: .*)", (root / "README.md").read_text("utf-8"))
+    assert told.startswith("examples/cat.jpg: cat ")
+    cat, cat_shown = (float(re.search(r"cat ([\d.]+)%", text)[1]) for text in (told, shown))
+    assert abs(cat - cat_shown) < 2  # the digits depend on Pillow and the processor
 
 
 def test_pictures_of_every_kind_become_the_pixels_they_show(tmp_path):
