@@ -1,4 +1,4 @@
-"""Draw what each augmentation does to one image: the picture in the README.
+"""Draw what each augmentation does to one image: the picture in README.md beside this file.
 
 python examples/augmentations.py            writes augmentations.png
 """

@@ -43,7 +43,7 @@ class Batches:
             raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
         self.images, self.labels, self.order, self.batch_size = images, labels, order, batch_size
         self.transform = transform or (lambda images, index, start: images)
-        self.first = 0  # image of the epoch
+        self.first = 0  # the position in the epoch of the first image
 
     def __len__(self):
         return math.ceil((len(self.order) - self.first) / self.batch_size)

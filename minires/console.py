@@ -1,4 +1,4 @@
-"""What is said beside a program's own output, on any console or on none, and commands that can be pasted from it."""
+"""What is said beside a program's own output, on any console or on none: lines, bars, commands that can be pasted."""
 
 import contextlib
 import os

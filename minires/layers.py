@@ -36,7 +36,7 @@ class Dropout(Module):
     """In training, set each element to 0 with probability p and scale the others by 1 / (1 - p).
 
     The mask is a function of `key`, drawn once from rng, and of `step`, which counts the training passes. To resume a
-    run where it was left, set `step`. On a GPU it is kept there, as a 0-d array: a recorded pass (see kernels/gpu.py)
+    run where it was left, set `step`. On a GPU, `step` is a 0-d array there: a recorded pass (see kernels/gpu.py)
     counts on by itself.
 
     Cached      the step, from which backward draws the mask again, and the shape of x

@@ -84,7 +84,7 @@ class SGD:
     def state(self):
         """Return what a step leaves behind for the next: {name: arrays in the order of the parameters}.
 
-        The arrays are views: to go on from a saved state, write into them.
+        The arrays are views: to resume from a saved state, write into them.
         """
         return {} if self.flat_velocity is None else {"velocity": self.flat.views(self.flat_velocity)}
 
@@ -172,7 +172,7 @@ class WeightAverage:
                 in the average for long.
                 The running statistics of BatchNorm are not averaged: they belong to the activations of the weights of
                 each step. Averaged weights are smaller, as their noise is gone, and so are their activations.
-                Measure the statistics anew with the averaged weights in place, see `evaluate.measure_statistics`.
+                Measure the statistics anew with the averaged weights in place, see `evaluation.measure_statistics`.
 
     Args        optimizer: whose parameters; decay: 0 to below 1
     Source      Polyak and Juditsky 1992; Tarvainen and Valpola 2017, "Mean teachers are better role models"; the first
@@ -193,7 +193,7 @@ class WeightAverage:
         kernels_for(self.flat.data).average_update(self.flat_average, self.flat.data, decay)
 
     def swap(self):
-        """Exchange the weights and the average: once to evaluate the average, and again to go on with training."""
+        """Exchange the weights and the average: once to evaluate the average, and again to continue training."""
         self.flat.check()
         weights = self.flat.data.copy()
         self.flat.data[...] = self.flat_average

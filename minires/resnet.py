@@ -25,12 +25,13 @@ class BasicBlock(Module):
     Where the block changes the shape, the input is brought to the new one by a 1x1 convolution with BatchNorm, the
     projection of the paper's option B.
 
-    Backward    dx = dF + dout, where dout is the gradient of the sum, and dF what F's backward makes of it
+    Backward    dx = dF + dout, where dout is the gradient of the sum, and dF what F's backward makes of it; with a
+                projection, what its backward makes of dout takes the place of dout
 
     Why         x influences the loss in two ways, through F and through the shortcut, which carries dout as it is. So
-                through any number of blocks there is a way back from the loss on which no weight scales the gradient
-                (the ReLUs between blocks only set some of it to 0), and deep networks train. Without the shortcut,
-                every block on the way multiplies the gradient by its weights.
+                through any number of blocks of one shape there is a way back from the loss on which no weight scales
+                the gradient (the ReLUs between blocks only set some of it to 0), and deep networks train. Without the
+                shortcut, every block on the way multiplies the gradient by its weights.
 
     Shapes      x (N, H, W, in_channels)  ->  out (N, H / stride, W / stride, out_channels), rounded up
     Args        shortcut: False leaves it out, which gives the plain network that the paper compares with;

@@ -251,7 +251,7 @@ def softmax_cross_entropy_backward(dloss, probabilities, labels, label_smoothing
 
 
 def im2col(x, kernel_size, stride, padding):
-    """Lay out what the window shows at each of its positions as one row.
+    """Lay out what the window shows at each of its positions as one row; the field calls all of these "columns".
 
     Forward     columns[n, i, j, (h, w, c)] = x[n, i stride + h - padding, j stride + w - padding, c]
                 with zeros outside the image

@@ -1,4 +1,4 @@
-"""Types for argparse: what a flag may be, and what is said where it is something else."""
+"""Types for argparse: what a flag may be, and what is said where it is something else; the data of --data."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from minires import cifar10
 
 
 def data_folder(text):
-    """Return "sample", or a folder in a way that is right wherever a run is resumed from."""
+    """Return "sample", or the absolute path of a folder, which is right wherever a run is resumed from."""
     if not text:
         raise argparse.ArgumentTypeError(
             "expected sample or a folder, got an empty name; without --data the default is"

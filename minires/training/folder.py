@@ -27,7 +27,7 @@ from minires.training.storage import PART, write_atomically
 from minires.training.weights import WEIGHTS
 
 SETTINGS, LOG, RESULT = "config.json", "log.csv", "result.json"
-PICTURES = 2**20  # bytes, more than the pictures, the log and the settings of a run take together
+SMALL_FILES = 2**20  # bytes, more than the pictures, the log and the settings of a run take together
 
 
 class UsageError(ValueError):
@@ -80,7 +80,7 @@ def check_space(folder, checkpoint, weights):
     folder = folder.absolute()
     written = [folder / name for name in (CHECKPOINT, PREVIOUS, WEIGHTS)]  # by a run that is resumed
     present = sum(path.stat().st_size for path in written if path.exists())
-    needed = max(checkpoint, 3 * checkpoint + weights - present) + PICTURES
+    needed = max(checkpoint, 3 * checkpoint + weights - present) + SMALL_FILES
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
     free = disk.free
     if disk.total and free < needed:  # a disk of 0 bytes is a file system that does not tell
