@@ -172,7 +172,7 @@ class WeightAverage:
                 in the average for long.
                 The running statistics of BatchNorm are not averaged: they belong to the activations of the weights of
                 each step. Averaged weights are smaller, as their noise is gone, and so are their activations.
-                Measure the statistics anew with the averaged weights in place, see `evaluate.measure_statistics`.
+                Measure the statistics anew with the averaged weights in place, see `evaluation.measure_statistics`.
 
     Args        optimizer: whose parameters; decay: 0 to below 1
     Source      Polyak and Juditsky 1992; Tarvainen and Valpola 2017, "Mean teachers are better role models"; the first
