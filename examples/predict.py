@@ -53,7 +53,7 @@ def main():
     if not pictures:
         raise UsageError(f"expected pictures, got {networks[0]} alone: name a picture after it")
     device = choose_device(args.device)
-    model, checkpoint = load_or_published(*networks)
+    model, weights = load_or_published(*networks)
 
     images = {}  # by path, (32, 32, 3) uint8
     for path in pictures:
@@ -62,7 +62,7 @@ def main():
         except PictureError as error:
             note(f"error: {error}")
     if images:
-        logits = logits_of(model.to(device), np.stack(list(images.values())), checkpoint)  # (N, 10)
+        logits = logits_of(model.to(device), np.stack(list(images.values())), weights)  # (N, 10)
         exp = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = exp / exp.sum(axis=1, keepdims=True)
         for path, row in zip(images, probabilities, strict=True):

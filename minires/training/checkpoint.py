@@ -107,7 +107,7 @@ def load_checkpoint(folder):
             continue
         if metadata["format"] != FORMAT:
             raise CheckpointError(
-                f"{path} has format {metadata['format']}, this minires reads {FORMAT}: use the other one"
+                f"{path} has format {metadata['format']}, this minires reads {FORMAT}: use the minires that wrote it"
             )
         if problems:
             kept = ""

@@ -153,8 +153,8 @@ def network_of(state, shortcut=None):
     return model
 
 
-def logits_of(model, images, checkpoint, tta=False):
-    """Run images through a network that a checkpoint holds.
+def logits_of(model, images, path, tta=False):
+    """Run images through a network, whose weights are those at a path.
 
     Shapes      images (N, 32, 32, 3) uint8  ->  logits (N, 10)
     Raises      CheckpointError for a network that tells other classes apart, or whose numbers run out of range
@@ -163,11 +163,11 @@ def logits_of(model, images, checkpoint, tta=False):
         warnings.simplefilter("ignore", RuntimeWarning)  # what is not finite is told below, in one line
         logits = predict_logits(model, images, cifar10.MEAN, cifar10.STD, tta=tta)
     if logits.shape[1] != len(cifar10.CLASSES):
-        raise CheckpointError(f"{checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10: name another one")
+        raise CheckpointError(f"{path} tells {logits.shape[1]} classes apart, CIFAR-10 has 10: name another one")
     if not np.isfinite(logits).all():
         wrong = np.count_nonzero(~np.isfinite(logits).all(axis=1))
         raise CheckpointError(
-            f"{checkpoint} gives logits that are not finite for {wrong:,} of {len(images):,} images: "
+            f"{path} gives logits that are not finite for {wrong:,} of {len(images):,} images: "
             "its weights are too large to compute with, name another one"
         )
     return logits
