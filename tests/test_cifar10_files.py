@@ -720,3 +720,18 @@ def test_a_download_without_standard_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     with served(monkeypatch, good):
         assert content_of(download(tmp_path, **QUICK)) == FILES
+
+
+def test_a_tilde_on_the_command_line_is_the_home(tmp_path, monkeypatch, capsys):
+    """A shell leaves it alone within quotes, and on Windows."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    put(tmp_path / "d")
+    assert main(["verify", "~/d"]) == 0
+    assert str(tmp_path / "d") in capsys.readouterr().out
+
+
+def test_a_home_that_is_unknown_is_named_with_the_variable_that_asks_for_it(monkeypatch):
+    monkeypatch.setenv("MINIRES_DATA", "~nosuchuser/d")
+    with pytest.raises(DataError, match="no home folder for MINIRES_DATA, which is ~nosuchuser/d: let MINIRES_DATA"):
+        cifar10.load()
