@@ -3,12 +3,11 @@
 import os
 import sys
 import time
-import warnings
 
 from tqdm import tqdm
 
 from minires import plots
-from minires.console import note, printable
+from minires.console import note, printable, warn
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
@@ -23,7 +22,7 @@ def say(line, interrupted):
         drop_output()
         interrupted.append(BROKEN_PIPE)
         if not isinstance(error, BrokenPipeError):
-            warnings.warn(f"standard output: {error.strerror}; ending after this step", stacklevel=2)
+            warn(f"standard output: {error.strerror}; ending after this step")
 
 
 def output_works():
@@ -56,7 +55,8 @@ class Progress:
         self.batch += 1
         self.images += images
         now = time.monotonic()
-        text = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {self.images / (now - self.started):.0f} images/s"
+        seconds = max(now - self.started, 1e-3)  # the clock of Windows goes in steps of 16 ms
+        text = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {self.images / seconds:.0f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and not last and now - self.last_line > SECONDS_BETWEEN_LINES:
