@@ -29,6 +29,33 @@ def printable(line, stream):
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def progress_bar(**options):
+    """Return tqdm's bar, on standard error; hidden where that is no terminal, and where tqdm cannot be imported.
+
+    A variable such as TQDM_MININTERVAL that is no number makes its import fail.
+    """
+    try:
+        from tqdm import tqdm
+    except Exception:
+        return HiddenBar()
+    hidden = None if sys.stderr else True  # None: where it is no terminal
+    return tqdm(**options, leave=False, dynamic_ncols=True, disable=hidden)
+
+
+class HiddenBar(contextlib.nullcontext):
+    """What can be done with a bar, without one."""
+
+    disable = True
+
+    def update(self, *_, **__):
+        """Do nothing."""
+
+    set_postfix_str = close = update
+
+    def __enter__(self):
+        return self
+
+
 def command_line(words):
     """Join the words of a command so that it can be pasted into a shell, on Windows into its own."""
     words = [str(word) for word in words]

@@ -917,3 +917,10 @@ def test_a_name_that_is_too_long_is_refused_in_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*x{300} cannot be made: File name too long; name another folder\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_variable_that_tqdm_cannot_read_ends_no_run(tmp_path):
+    env = os.environ | {"TQDM_MININTERVAL": "often"}
+    command = [sys.executable, SCRIPT, *ONE_STEP, "--out", tmp_path / "run"]
+    assert subprocess.run(command, env=env, capture_output=True, timeout=100).returncode == 0

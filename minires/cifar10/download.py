@@ -13,14 +13,13 @@ import hashlib
 import http.client
 import os
 import socket
-import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import NamedTuple
 
-from minires.console import note
+from minires.console import note, progress_bar
 
 TIMEOUT = 30.0  # seconds without an answer, to a connection or in the midst of the data
 PAUSES = (1, 2, 4)  # seconds before each further round over the addresses: a server that restarts is back by then
@@ -101,13 +100,10 @@ def _fetch_from(source, folder, timeout, slowest):
 
 def _continue(source, part, timeout, slowest, announce):
     """Append to the part what is missing, in one connection. OSError is always the disk's."""
-    from tqdm import tqdm
-
     have = _size(part)
     rest = f", the rest after {have / 1e6:.1f} MB" if have else ""
-    hidden = None if sys.stderr else True  # None: where it is no terminal
-    bar = {"unit": "B", "unit_scale": True, "leave": False, "dynamic_ncols": True, "disable": hidden}
-    with open(part, "ab") as file, tqdm(total=source.size, initial=have, **bar) as progress:
+    bar = progress_bar(total=source.size, initial=have, unit="B", unit_scale=True)
+    with open(part, "ab") as file, bar as progress:
         slow_since, end_then = time.monotonic(), None
         for end, block in _blocks(source, have, timeout):
             if announce:

@@ -4,10 +4,8 @@ import os
 import sys
 import time
 
-from tqdm import tqdm
-
 from minires import plots
-from minires.console import note, printable, warn
+from minires.console import note, printable, progress_bar, warn
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
@@ -47,9 +45,7 @@ class Progress:
         self.title, self.batches, self.batch, self.images = title, batches, done, 0
         self.interrupted = interrupted
         self.started = self.last_line = time.monotonic()
-        hidden = None if sys.stderr else True  # None: where it is no terminal
-        form = {"bar_format": BAR, "leave": False, "disable": hidden, "dynamic_ncols": True}
-        self.bar = tqdm(total=batches, initial=done, desc=title, **form)
+        self.bar = progress_bar(total=batches, initial=done, desc=title, bar_format=BAR)
 
     def update(self, images, loss, accuracy, last):
         self.batch += 1
