@@ -735,3 +735,9 @@ def test_a_home_that_is_unknown_is_named_with_the_variable_that_asks_for_it(monk
     monkeypatch.setenv("MINIRES_DATA", "~nosuchuser/d")
     with pytest.raises(DataError, match="no home folder for MINIRES_DATA, which is ~nosuchuser/d: let MINIRES_DATA"):
         cifar10.load()
+
+
+def test_a_disk_that_does_not_tell_its_size_is_not_taken_for_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0, "total": 0}))
+    with served(monkeypatch, good):
+        assert content_of(download(tmp_path, **QUICK)) == FILES
