@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 
 
 def note(line):
@@ -12,6 +13,14 @@ def note(line):
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(printable(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+def warn(line):
+    """Warn, and under -W error too only warn: nothing ends for what is said beside it."""
+    try:
+        warnings.warn(line, stacklevel=3)
+    except UserWarning:
+        note(f"warning: {line}")
 
 
 def printable(line, stream):

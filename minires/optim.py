@@ -181,6 +181,10 @@ class WeightAverage:
     """
 
     def __init__(self, optimizer, decay):
+        if not hasattr(optimizer, "flat"):
+            raise TypeError(
+                f"WeightAverage: expected an optimizer, whose parameters count, got a {type(optimizer).__name__}"
+            )
         _check_range("WeightAverage", "decay", decay, 0, 1)
         self.flat, self.decay, self.updates = optimizer.flat, decay, 0
         self.flat_average = self.flat.zeros()

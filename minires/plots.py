@@ -73,6 +73,12 @@ def _figure_class():
         backend = os.environ.pop("MPLBACKEND", None)
         try:
             import matplotlib
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise ModuleNotFoundError(
+                'pictures need matplotlib: pip install -e ".[plot]"', name="matplotlib"
+            ) from error
         finally:
             if backend is not None:
                 os.environ["MPLBACKEND"] = backend

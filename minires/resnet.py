@@ -12,6 +12,9 @@ Source      He, Zhang, Ren and Sun 2016, "Deep residual learning for image recog
             Network Design", for the numbers of blocks
 """
 
+import numbers
+from collections.abc import Iterable
+
 import numpy as np
 
 from minires.kernels import kernels_for
@@ -75,7 +78,7 @@ class ResNet(Sequential):
     Args        blocks: how many in each stage; channels: of each stage; dropout: p before the last layer; shortcut:
                 False for the plain network; seed: for the initial weights and the dropout masks; batch_norm: False
                 for a network that only adds biases where it would normalise
-    Raises      ValueError for blocks and channels that do not pair up
+    Raises      ValueError for blocks and channels that do not pair up; TypeError for what are no lists
     """
 
     def __init__(
@@ -88,7 +91,12 @@ class ResNet(Sequential):
         seed=0,
         batch_norm=True,
     ):
+        for name, value in (("blocks", blocks), ("channels", channels)):
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise TypeError(f"ResNet: {name} must be a list, a number for each stage, got {value!r}")
         blocks, channels = tuple(blocks), tuple(channels)
+        if not all(isinstance(count, numbers.Integral) for count in blocks):
+            raise TypeError(f"ResNet: blocks must be integers, got {blocks}")
         if len(blocks) != len(channels) or not blocks or min(blocks) < 1:
             raise ValueError(
                 f"ResNet expects one number of blocks, at least 1, for each number of channels, got blocks={blocks} "

@@ -156,3 +156,14 @@ def test_a_split_rounds_to_whole_images():
 def test_a_split_with_an_empty_part_is_refused(fraction):
     with pytest.raises(ValueError, match=f"fraction {fraction} of 10 images leaves one of the two parts empty"):
         cifar10.split(10, fraction)
+
+
+def test_a_fraction_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="fraction nan of 10 images leaves one of the two parts empty"):
+        cifar10.split(10, float("nan"))
+
+
+@pytest.mark.parametrize("images", [np.zeros((0, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.float32)])
+def test_statistics_of_no_bytes_are_refused(images):
+    with pytest.raises(ValueError, match=r"statistics expects images of uint8, at least one, got \(.* of "):
+        cifar10.statistics(images)

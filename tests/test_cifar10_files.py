@@ -748,3 +748,18 @@ def test_a_folder_that_can_be_entered_but_not_listed_will_do():
         put(folder).chmod(0o711)
         drop_rights()
         assert verify(folder) == folder
+
+
+def test_a_tilde_on_the_command_line_is_the_home(tmp_path, monkeypatch, capsys):
+    """A shell leaves it alone within quotes, and on Windows."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    put(tmp_path / "d")
+    assert main(["verify", "~/d"]) == 0
+    assert str(tmp_path / "d") in capsys.readouterr().out
+
+
+def test_a_home_that_is_unknown_is_named_with_the_variable_that_asks_for_it(monkeypatch):
+    monkeypatch.setenv("MINIRES_DATA", "~nosuchuser/d")
+    with pytest.raises(DataError, match="no home folder for MINIRES_DATA, which is ~nosuchuser/d: let MINIRES_DATA"):
+        cifar10.load()

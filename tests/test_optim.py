@@ -456,3 +456,8 @@ def test_an_optimizer_whose_parameters_went_elsewhere_is_not_copied():
     Adam([p])
     with pytest.raises(RuntimeError, match=r"SGD: params\[0\], of shape \(1,\), was moved, cast or given to another"):
         copy.deepcopy(optimizer)
+
+
+def test_an_average_of_what_is_no_optimizer_is_named():
+    with pytest.raises(TypeError, match="WeightAverage: expected an optimizer, whose parameters count, got a Linear"):
+        WeightAverage(Linear(2, 2), 0.9)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minires.plots import plot_curves, plot_images, plot_runs
+from minires.training.output import draw
 
 if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("matplotlib is not installed", allow_module_level=True)
@@ -57,3 +58,19 @@ def test_a_backend_that_cannot_be_had_does_not_matter(tmp_path, backend):
 
 def test_a_backend_that_can_be_had_stays_chosen(tmp_path):
     assert draw_under("svg", tmp_path / "runs.png", "ask") == ["svg", "svg"]
+
+
+def test_without_matplotlib_the_way_to_have_it_is_named(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match=r'pictures need matplotlib: pip install -e "\.\[plot\]"'):
+        plot_images(np.zeros((1, 2, 2, 3), np.uint8), ["a"], tmp_path / "a.png")
+    draw("plot_images", np.zeros((1, 2, 2, 3), np.uint8), ["a"], tmp_path / "a.png")  # a run goes on without a word
+    assert capsys.readouterr().err == ""
+
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name=name)

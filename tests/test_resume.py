@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import stat
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from minires import ResNet, evaluation, kernels
-from minires.training import CheckpointError, Interrupted, UsageError, load_model, output, storage
+from minires.training import CheckpointError, Interrupted, Run, UsageError, load_model, output, storage
 from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
 from minires.training.folder import check_space, locked, new_folder
 from minires.training.script import explain
@@ -877,3 +878,42 @@ def test_the_script_finds_its_recipes_wherever_python_looks(tmp_path):
             [*command, *args], cwd=SCRIPT.parent.parent, env=os.environ | env, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", ["~nosuchuser/x", "~nosuchuser"])
+def test_a_home_folder_that_is_unknown_makes_no_folder_of_that_name(text, capsys):
+    with pytest.raises(SystemExit):
+        train_cifar.parse_arguments([f"--out={text}"])
+    assert f"there is no home folder for {text}: name it, or write ./{text}" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_space_is_quoted_where_it_can_be_resumed(tmp_path):
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    (folder / "a").touch()
+    with pytest.raises(UsageError, match=re.escape(f"(--resume '{folder}' resumes a run)")):
+        new_folder(folder)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_folder_that_cannot_be_asked_ends_in_one_line(tmp_path, monkeypatch, number):
+    """Path.exists raises then, and what explains errors asked it once more."""
+
+    def stat(path, *args, **options):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert not Run(tmp_path / "run").resumed
+    path = tmp_path / "run" / "x"
+    assert explain(OSError(number, os.strerror(number), str(path))) == (1, f"{path}: {os.strerror(number)}")
+
+
+def test_a_name_that_is_too_long_is_refused_in_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *ONE_STEP, "--out", tmp_path / ("x" * 300)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*x{300} cannot be made: File name too long; name another folder\n", done.stderr)

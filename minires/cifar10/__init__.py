@@ -83,12 +83,14 @@ def default_directory():
 
     Raises      DataError where there is neither the one nor a home folder
     """
+    named = os.environ.get("MINIRES_DATA")
     try:
-        return pathlib.Path(os.environ.get("MINIRES_DATA") or "~/.cache/minires").expanduser()
+        return pathlib.Path(named or "~/.cache/minires").expanduser()
     except RuntimeError:
+        where = f"for MINIRES_DATA, which is {named}" if named else "here, where CIFAR-10 would be"
         raise DataError(
-            "there is no home folder here, where CIFAR-10 would be: let MINIRES_DATA name one, or name the folder "
-            "(download DIR, verify DIR, --data DIR)"
+            f"there is no home folder {where}: let MINIRES_DATA name one, or name the folder (download DIR, verify "
+            "DIR, --data DIR)"
         ) from None
 
 
@@ -99,7 +101,10 @@ def statistics(images):
     deviation, (0.2023, 0.1994, 0.2010): that is another and smaller number.
 
     Shapes      images (N, H, W, 3) uint8  ->  mean (3,), std (3,), float64
+    Raises      ValueError for images of another dtype, or none
     """
+    if images.dtype != np.uint8 or not images.size:
+        raise ValueError(f"statistics expects images of uint8, at least one, got {images.shape} of {images.dtype}")
     values = np.arange(256) / 255
     counts = np.stack([np.bincount(images[..., c].reshape(-1), minlength=256) for c in range(3)])  # (3, 256)
     shares = counts / counts.sum(axis=1, keepdims=True)
@@ -114,7 +119,7 @@ def split(count, fraction=0.2, seed=0):
     Returns     two arrays of indices, in random order
     Raises      ValueError for a fraction that leaves one of the parts empty
     """
-    validation = round(count * fraction)
+    validation = round(count * fraction) if 0 < fraction < 1 else 0  # NaN too
     if not 0 < validation < count:
         raise ValueError(f"split: fraction {fraction} of {count} images leaves one of the two parts empty")
     order = np.random.default_rng(seed).permutation(count)

@@ -5,6 +5,7 @@ python -m minires.cifar10 verify [DIR]       tell whether the files there are ri
 """
 
 import argparse
+import os
 import sys
 
 from minires.cifar10 import DataError, DownloadError, default_directory
@@ -22,7 +23,7 @@ def main(arguments=None):
     args = parser.parse_intermixed_args(arguments)  # the other one takes DIR for given once it meets an option
     command = {"download": download, "verify": verify}[args.command]
     try:
-        place = command(args.directory or default_directory())
+        place = command(os.path.expanduser(args.directory) if args.directory else default_directory())
         print(printable(f"{place}: the six files are right, byte for byte", sys.stdout))
         return 0
     except (DataError, DownloadError) as error:

@@ -20,7 +20,10 @@ def data_folder(text):
 
 def folder(text):
     """Return a path; ~ is the home folder, which a shell leaves to us in --out=~/runs."""
-    return pathlib.Path(os.path.expanduser(text))
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text}: name it, or write ./{text}")
+    return pathlib.Path(path)
 
 
 def read_data(data):

@@ -9,11 +9,11 @@ A run folder keeps the newest checkpoint and the one before. Their metadata hold
 
 import os
 import pathlib
-import warnings
 
 import numpy as np
 
 from minires.backend import array_module, to_numpy
+from minires.console import warn
 from minires.layers import Dropout
 from minires.training.storage import CheckpointError, pack, read_arrays, write_atomically
 
@@ -114,7 +114,7 @@ def load_checkpoint(folder):
             if newest.exists():
                 os.replace(newest, folder / DAMAGED)
                 kept = f" (kept as {DAMAGED})"
-            warnings.warn(f"{problems[0]}{kept}; resuming from {path}, the checkpoint before it", stacklevel=2)
+            warn(f"{problems[0]}{kept}; resuming from {path}, the checkpoint before it")
         return state, metadata
     raise CheckpointError(
         f"no checkpoint in {folder} can be used: {'; '.join(problems)}. Bring one back from a copy, or start the run "

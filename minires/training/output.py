@@ -3,10 +3,9 @@
 import os
 import sys
 import time
-import warnings
 
 from minires import plots
-from minires.console import note, printable, progress_bar
+from minires.console import note, printable, progress_bar, warn
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
@@ -24,7 +23,7 @@ def say(line, signals):
         drop_output()
         signals.append(BROKEN_PIPE)
         if not isinstance(error, BrokenPipeError):
-            warnings.warn(f"standard output: {error.strerror}; ending after this step", stacklevel=2)
+            warn(f"standard output: {error.strerror}; ending after this step")
 
 
 def output_works():
@@ -55,7 +54,8 @@ class Progress:
         self.batch += 1
         self.images += images
         now = time.monotonic()
-        text = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {self.images / (now - self.started):.0f} images/s"
+        seconds = max(now - self.started, 1e-3)  # the clock of Windows goes in steps of 16 ms
+        text = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {self.images / seconds:.0f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and not last and now - self.last_line > SECONDS_BETWEEN_LINES:

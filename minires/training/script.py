@@ -29,7 +29,7 @@ def explain(error):
             return 1, line if output_works() else f"standard output: {line}"
         line = f"{error.filename}: {line}"
         folder = pathlib.Path(os.fsdecode(error.filename)).absolute().parent
-        if not (folder / SETTINGS).exists():
+        if not os.path.exists(folder / SETTINGS):
             return 1, line
         line += "; what was there before is unharmed. Once the cause is mended, resume the run by"
         return 1, f"{line} --resume {command_line([str(folder)])}"
