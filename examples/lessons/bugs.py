@@ -76,342 +76,344 @@ class Bug(NamedTuple):
 BUGS = [
     Bug(
         "The loss climbs from the first step on.",
-        FIRST,
-        REFERENCE,
-        "param -= (lr / (1 - beta1**step)) * m / rms",
-        "param += (lr / (1 - beta1**step)) * m / rms",
-        "The gradient points to where the loss grows. A step has to go against it.",
-        "The loss is larger after one step, and with a smaller lr still larger, only less. A gradient check cannot "
+        see=FIRST,
+        file=REFERENCE,
+        old="param -= (lr / (1 - beta1**step)) * m / rms",
+        new="param += (lr / (1 - beta1**step)) * m / rms",
+        what="The gradient points to where the loss grows. A step has to go against it.",
+        how="The loss is larger after one step, and with a smaller lr still larger, only less. A gradient check cannot "
         "see it: the gradients are right, and what is done with them is wrong.",
-        CURVES,
-        "steps_go_downhill",
+        tool=CURVES,
+        check="steps_go_downhill",
     ),
     Bug(
         "A fresh network is sure of its answers, and wrong: the first loss is 5 and more.",
-        SANITY,
-        LAYERS,
-        "bound = 1 / math.sqrt(in_features)",
-        "bound = math.sqrt(in_features)",
-        "The last layer's initial weights are in_features times too large, and with them the logits. Softmax makes "
-        "probabilities of almost 0 and 1 of them, and the first epochs only take this back.",
-        "Before the first step nothing is known, so each of ten classes should have a tenth: the loss is ln 10 = "
+        see=SANITY,
+        file=LAYERS,
+        old="bound = 1 / math.sqrt(in_features)",
+        new="bound = math.sqrt(in_features)",
+        what="The last layer's initial weights are in_features times too large, and with them the logits. Softmax "
+        "makes probabilities of almost 0 and 1 of them, and the first epochs only take this back.",
+        how="Before the first step nothing is known, so each of ten classes should have a tenth: the loss is ln 10 = "
         "2.303.",
-        STEP_0,
-        "loss_begins_at_ln_10",
+        tool=STEP_0,
+        check="loss_begins_at_ln_10",
     ),
     Bug(
         "One batch of black images, or one dead channel, and the loss is nan.",
-        SANITY,
-        REFERENCE,
-        "return 1 / array_module(var).sqrt(var + eps)",
-        "return 1 / array_module(var).sqrt(var)",
-        "eps has gone from BatchNorm's square root. A channel that is the same everywhere has the variance 0, and is "
-        "divided by 0.",
-        "The search for the first number that is not finite (training/finite.py) names a BatchNorm. Forward and "
+        see=SANITY,
+        file=REFERENCE,
+        old="return 1 / array_module(var).sqrt(var + eps)",
+        new="return 1 / array_module(var).sqrt(var)",
+        what="eps has gone from BatchNorm's square root. A channel that is the same everywhere has the variance 0, and "
+        "is divided by 0.",
+        how="The search for the first number that is not finite (training/finite.py) names a BatchNorm. Forward and "
         "backward leave eps out alike, so the gradient check passes.",
-        FINITE,
-        "black_images_are_finite",
+        tool=FINITE,
+        check="black_images_are_finite",
     ),
     Bug(
         "Nothing is learned: the training loss stays at 2.3.",
-        FIRST,
-        "minires/batches.py",
-        "self.transform(self.images[index], index, start), self.labels[index]",
-        "self.transform(self.images[index], index, start), self.labels[start : start + at_once]",
-        "Images are taken in the epoch's random order, labels in that of the data set. Each image has the label of "
-        "another one, in every epoch of another one.",
-        "Even 32 images cannot be overfitted, if they come through the same batches. Then look at some images with "
+        see=FIRST,
+        file="minires/batches.py",
+        old="self.transform(self.images[index], index, start), self.labels[index]",
+        new="self.transform(self.images[index], index, start), self.labels[start : start + at_once]",
+        what="Images are taken in the epoch's random order, labels in that of the data set. Each image has the label "
+        "of another one, in every epoch of another one.",
+        how="Even 32 images cannot be overfitted, if they come through the same batches. Then look at some images with "
         "their labels, as the network is given them.",
-        OVERFITTING,
-        "labels_stay_with_their_images",
+        tool=OVERFITTING,
+        check="labels_stay_with_their_images",
     ),
     Bug(
         "The loss swings back and forth, and hardly falls.",
-        FIRST,
-        OPTIM,
-        "self.steps = 0\n\n    def zero_grad(self):\n        self.flat.zero_grad()",
-        "self.steps = 0\n\n    def zero_grad(self):\n        self.flat.zero_grad",
-        "Without its parentheses the method is named, not called. Every backward adds to the gradients, so a step "
+        see=FIRST,
+        file=OPTIM,
+        old="self.steps = 0\n\n    def zero_grad(self):\n        self.flat.zero_grad()",
+        new="self.steps = 0\n\n    def zero_grad(self):\n        self.flat.zero_grad",
+        what="Without its parentheses the method is named, not called. Every backward adds to the gradients, so a step "
         "follows the sum of all gradients since the first.",
-        "Overfitting 32 images takes several times as many steps, and the loss goes up in between. A linter sees the "
-        "expression that does nothing. The gradient check begins with gradients of 0, and passes.",
-        OVERFITTING,
-        "zero_grad_sets_gradients_to_0",
+        how="Overfitting 32 images takes several times as many steps, and the loss goes up in between. A linter sees "
+        "the expression that does nothing. The gradient check begins with gradients of 0, and passes.",
+        tool=OVERFITTING,
+        check="zero_grad_sets_gradients_to_0",
     ),
     Bug(
         "The training loss falls as it should; the test loss is above 1,000.",
-        FIRST,
-        REFERENCE,
-        "running *= 1 - momentum",
-        "running *= momentum",
-        "The running statistics keep a tenth of their past rather than nine tenths, and settle at a ninth of the "
+        see=FIRST,
+        file=REFERENCE,
+        old="running *= 1 - momentum",
+        new="running *= momentum",
+        what="The running statistics keep a tenth of their past rather than nine tenths, and settle at a ninth of the "
         "true values. Training uses those of the batch and does not notice; evaluation divides by them.",
-        "Training and validation loss part from the first epoch on, far too early for overfitting. Evaluate the "
+        how="Training and validation loss part from the first epoch on, far too early for overfitting. Evaluate the "
         "training images themselves: if they are as bad, it is the mode, not the images.",
-        CURVES,
-        "running_statistics_arrive",
+        tool=CURVES,
+        check="running_statistics_arrive",
     ),
     Bug(
         "The training accuracy stops near 50 %, and validation is better than training for good.",
-        f"{TRAIN} --epochs 30",
-        RESNET,
-        "self.dropout = Dropout(dropout, rng=rng)\n        self.linear = Linear(in_channels, num_classes, rng=rng)",
-        "self.linear = Linear(in_channels, num_classes, rng=rng)\n        self.dropout = Dropout(dropout, rng=rng)",
-        "Dropout comes after the last layer, and sets half of the logits to 0, the right one among them. The script "
-        "of the report that this network is from does so.",
-        "A loss that training cannot bring down, while evaluation, without dropout, does better. Count how many "
+        see=f"{TRAIN} --epochs 30",
+        file=RESNET,
+        old="self.dropout = Dropout(dropout, rng=rng)\n        self.linear = Linear(in_channels, num_classes, rng=rng)",
+        new="self.linear = Linear(in_channels, num_classes, rng=rng)\n        self.dropout = Dropout(dropout, rng=rng)",
+        what="Dropout comes after the last layer, and sets half of the logits to 0, the right one among them. The "
+        "script of the report that this network is from does so.",
+        how="A loss that training cannot bring down, while evaluation, without dropout, does better. Count how many "
         "logits are exactly 0.",
-        CURVES,
-        "no_logit_is_dropped",
+        tool=CURVES,
+        check="no_logit_is_dropped",
     ),
     Bug(
         "The same weights, evaluated twice on the same images, have two accuracies.",
-        "",
-        LAYERS,
-        "if not self.training or self.p == 0:",
-        "if self.p == 0:",
-        "Dropout stays on in evaluation. The accuracy is that of a network with half of its features missing, and a "
-        "point or more too low.",
-        "Evaluate twice: what is drawn at random is not over when training is. Then read who asks for self.training.",
-        BY_HAND,
-        "evaluation_repeats_itself",
+        see="",
+        file=LAYERS,
+        old="if not self.training or self.p == 0:",
+        new="if self.p == 0:",
+        what="Dropout stays on in evaluation. The accuracy is that of a network with half of its features missing, and "
+        "a point or more too low.",
+        how="Evaluate twice: what is drawn at random is not over when training is. Then read who asks for "
+        "self.training.",
+        tool=BY_HAND,
+        check="evaluation_repeats_itself",
     ),
     Bug(
         "What the network says of an image depends on which images it is evaluated with.",
-        "",
-        EVALUATION,
-        "    model.eval()\n",
-        "    model.train()\n",
-        "Test images are evaluated in training mode, as in the report's script: BatchNorm normalises by the "
+        see="",
+        file=EVALUATION,
+        old="    model.eval()\n",
+        new="    model.train()\n",
+        what="Test images are evaluated in training mode, as in the report's script: BatchNorm normalises by the "
         "statistics of the test batch, and takes them into the running ones.",
-        "Evaluate one image alone and in a batch. With batches of one class, the accuracy collapses.",
-        BY_HAND,
-        "images_are_measured_alone",
+        how="Evaluate one image alone and in a batch. With batches of one class, the accuracy collapses.",
+        tool=BY_HAND,
+        check="images_are_measured_alone",
     ),
     Bug(
         "With MINIRES_KERNELS=reference the network learns less than with the fast kernels.",
-        "",
-        REFERENCE,
-        "padded[pixels_of_tap(h, w, padded.shape, kernel_size, stride)] += windows[:, :, :, h, w]",
-        "padded[pixels_of_tap(h, w, padded.shape, kernel_size, stride)] = windows[:, :, :, h, w]",
-        "A pixel is in up to nine windows, and influences the loss through each. Of the nine gradients, the last one "
-        "is kept and the others are lost.",
-        "The gradient of a convolution's input is wrong, those of its weights are right. im2col and col2im are "
+        see="",
+        file=REFERENCE,
+        old="padded[pixels_of_tap(h, w, padded.shape, kernel_size, stride)] += windows[:, :, :, h, w]",
+        new="padded[pixels_of_tap(h, w, padded.shape, kernel_size, stride)] = windows[:, :, :, h, w]",
+        what="A pixel is in up to nine windows, and influences the loss through each. Of the nine gradients, the last "
+        "one is kept and the others are lost.",
+        how="The gradient of a convolution's input is wrong, those of its weights are right. im2col and col2im are "
         "adjoint, <im2col(x), c> = <x, col2im(c)>, and here they are not.",
-        GRADIENTS,
-        "both_kernels_agree",
+        tool=GRADIENTS,
+        check="both_kernels_agree",
     ),
     Bug(
         "Some weights are the same after training as before.",
-        SANITY,
-        RESNET,
-        "return kernels_for(dx).add(dx, self.shortcut.backward(dshortcut))",
-        "return dx",
-        "x influences the loss through the convolutions and through the shortcut, and the second gradient is left "
+        see=SANITY,
+        file=RESNET,
+        old="return kernels_for(dx).add(dx, self.shortcut.backward(dshortcut))",
+        new="return dx",
+        what="x influences the loss through the convolutions and through the shortcut, and the second gradient is left "
         "out. Nothing flows back through a shortcut, which is what a residual network has it for.",
-        "The gradient check names x and the weights of the shortcut. So does a look at which weights a step has moved.",
-        GRADIENTS,
-        "shortcuts_have_gradients",
+        how="The gradient check names x and the weights of the shortcut. So does a look at which weights a step has "
+        "moved.",
+        tool=GRADIENTS,
+        check="shortcuts_have_gradients",
     ),
     Bug(
         "With SGD, the best learning rate depends on the batch size: twice the batch, half the rate.",
-        "",
-        REFERENCE,
-        "return dlogits * (dloss / N)",
-        "return dlogits * dloss",
-        "The loss is the mean over the batch, its gradient that of the sum. Adam, for which the scale of a gradient "
-        "does not count, hides it; with SGD the first steps are N times too long.",
-        "The gradient check of the loss alone, which nobody thinks of, as it is so short.",
-        GRADIENTS,
-        "gradient_is_that_of_the_mean",
+        see="",
+        file=REFERENCE,
+        old="return dlogits * (dloss / N)",
+        new="return dlogits * dloss",
+        what="The loss is the mean over the batch, its gradient that of the sum. Adam, for which the scale of a "
+        "gradient does not count, hides it; with SGD the first steps are N times too long.",
+        how="The gradient check of the loss alone, which nobody thinks of, as it is so short.",
+        tool=GRADIENTS,
+        check="gradient_is_that_of_the_mean",
     ),
     Bug(
         "Outputs of BatchNorm in training have a variance below 1, and the more so the smaller the batch.",
-        "",
-        REFERENCE,
-        "return mean, sum_over_rows(centred * centred) / M",
-        "return mean, sum_over_rows(centred * centred) / (M - 1)",
-        "The variance of the batch is divided by M - 1. That is right for the running variance, which estimates the "
-        "variance of all images, and wrong here: the backward is derived for M.",
-        "The gradient check: wrong by one part in M. It has to be strict, and its batch small, to see that. Training "
-        "with 131,072 rows does not.",
-        GRADIENTS,
-        "batch_norm_gives_variance_1",
+        see="",
+        file=REFERENCE,
+        old="return mean, sum_over_rows(centred * centred) / M",
+        new="return mean, sum_over_rows(centred * centred) / (M - 1)",
+        what="The variance of the batch is divided by M - 1. That is right for the running variance, which estimates "
+        "the variance of all images, and wrong here: the backward is derived for M.",
+        how="The gradient check: wrong by one part in M. It has to be strict, and its batch small, to see that. "
+        "Training with 131,072 rows does not.",
+        tool=GRADIENTS,
+        check="batch_norm_gives_variance_1",
     ),
     Bug(
-        "With a constant lr of 0.003, training runs for an epoch as if it were 0.003, and then as if it were 0.03.",
-        SANITY,
-        REFERENCE,
-        "param -= (lr / (1 - beta1**step)) * m / rms",
-        "param -= (lr / (1 - beta1)) * m / rms",
-        "Adam's correction of the first moment has lost its power. It is right at step 1; later 1 - beta1^step goes "
-        "to 1, and this stays 0.1: each step is ten times too long.",
-        "For a constant gradient, every step of Adam is lr long: three lines of arithmetic. In a training, the ratio "
-        "of update to weight is ten times the usual one.",
-        BY_HAND,
-        "adam_moves_by_lr",
+        "Adam with a constant lr of 0.003 begins as it should, and after 20 steps goes on as if it were 0.03.",
+        see=SANITY,
+        file=REFERENCE,
+        old="param -= (lr / (1 - beta1**step)) * m / rms",
+        new="param -= (lr / (1 - beta1)) * m / rms",
+        what="Adam's correction of the first moment has lost its power. It is right at step 1; later 1 - beta1^step "
+        "goes to 1, and this stays 0.1: each step is ten times too long.",
+        how="For a constant gradient, every step of Adam is lr long: three lines of arithmetic. In a training, the "
+        "ratio of update to weight is several times the usual one.",
+        tool=BY_HAND,
+        check="adam_moves_by_lr",
     ),
     Bug(
         "The network without BatchNorm learns nothing for many epochs; with BatchNorm all seems well.",
-        f"{TRAIN} --epochs 5 --no-batch-norm",
-        LAYERS,
-        "deviation = math.sqrt(2 / (kernel_size**2 * in_channels))",
-        "deviation = math.sqrt(1 / (3 * kernel_size**2 * in_channels))",
-        "The initial weights have a sixth of the variance that keeps the scale of activations: PyTorch's default. "
+        see=f"{TRAIN} --epochs 5 --no-batch-norm",
+        file=LAYERS,
+        old="deviation = math.sqrt(2 / (kernel_size**2 * in_channels))",
+        new="deviation = math.sqrt(1 / (3 * kernel_size**2 * in_channels))",
+        what="The initial weights have a sixth of the variance that keeps the scale of activations: PyTorch's default. "
         "Each convolution shrinks what it is given to 0.4 of its size, and BatchNorm, where there is one, mends it.",
-        "The table of sanity.py: the first convolution's output has a deviation of about 0.55, where He's weights "
-        "give 1.3, the square root of 2 for normalised images. Var(y) = n Var(weight) E[r^2] says which variance it "
+        how="The table of sanity.py: the first convolution's output has a deviation of about 0.6, where He's weights "
+        "give 1.4, the square root of 2 for normalised images. Var(y) = n Var(weight) E[r^2] says which variance it "
         "is.",
-        BY_HAND,
-        "initial_weights_have_variance_2_over_n",
+        tool=BY_HAND,
+        check="initial_weights_have_variance_2_over_n",
     ),
     Bug(
         "Dropout of 0.2 holds the network back more than dropout of 0.5.",
-        f"{TRAIN} --epochs 10 --dropout 0.2",
-        REFERENCE,
-        "kept = (words >= int(p * 2**32)).reshape(x.shape)",
-        "kept = (words < int(p * 2**32)).reshape(x.shape)",
-        "p and 1 - p are exchanged: four fifths are set to 0, and the rest is scaled for one fifth. At the usual p "
-        "of 0.5 nothing is different, so tests with the default pass.",
-        "Count the zeros at another p than 0.5. The backward draws the same mask, so the gradient check passes.",
-        BY_HAND,
-        "dropout_drops_p",
+        see=f"{TRAIN} --epochs 10 --dropout 0.2",
+        file=REFERENCE,
+        old="kept = (words >= int(p * 2**32)).reshape(x.shape)",
+        new="kept = (words < int(p * 2**32)).reshape(x.shape)",
+        what="p and 1 - p are exchanged: four fifths are set to 0, and the rest is scaled for one fifth. At the usual "
+        "p of 0.5 nothing is different, so tests with the default pass.",
+        how="Count the zeros at another p than 0.5. The backward draws the same mask, so the gradient check passes.",
+        tool=BY_HAND,
+        check="dropout_drops_p",
     ),
     Bug(
         "The learning rate of a cosine schedule hardly comes down, and the last epochs bring nothing.",
-        f"{TRAIN} --epochs 10 --schedule cosine",
-        TRAIN_CIFAR,
-        "SCHEDULES[args.schedule](run.step, run.total_steps, args.lr)",
-        "SCHEDULES[args.schedule](run.epoch, run.total_steps, args.lr)",
-        "The schedule is asked by epochs for its way through steps, and the run ends near its beginning. The "
+        see=f"{TRAIN} --epochs 10 --schedule cosine",
+        file=TRAIN_CIFAR,
+        old="SCHEDULES[args.schedule](run.step, run.total_steps, args.lr)",
+        new="SCHEDULES[args.schedule](run.epoch, run.total_steps, args.lr)",
+        what="The schedule is asked by epochs for its way through steps, and the run ends near its beginning. The "
         "report's script does the like: a cosine over 200 epochs in a run of 20.",
-        "The column lr of the run's table, or of log.csv: a schedule ends near 0.",
-        CURVES,
-        "rate_comes_down",
+        how="The column lr of the run's table, or of log.csv: a schedule ends near 0.",
+        tool=CURVES,
+        check="rate_comes_down",
     ),
     Bug(
         "The pictures in images.png are a coloured noise of stripes; the network learns, but less.",
-        f"{TRAIN} --epochs 1",
-        CIFAR10,
-        "return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0]",
-        "return np.ascontiguousarray(planes.reshape(count, 32, 32, 3)), records[:, 0]",
-        "The file has all red values, then all green, then all blue. A reshape to channels last has the right shape "
-        "and mixes pixels and colours up; only a transpose moves an axis.",
-        "Look at what the network is given, before anything else. No number tells: shapes, means of all values and "
+        see=f"{TRAIN} --epochs 1",
+        file=CIFAR10,
+        old="return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0]",
+        new="return np.ascontiguousarray(planes.reshape(count, 32, 32, 3)), records[:, 0]",
+        what="The file has all red values, then all green, then all blue. A reshape to channels last has the right "
+        "shape and mixes pixels and colours up; only a transpose moves an axis.",
+        how="Look at what the network is given, before anything else. No number tells: shapes, means of all values and "
         "gradients are right.",
-        LOOKING,
-        "channels_are_colours",
+        tool=LOOKING,
+        check="channels_are_colours",
     ),
     Bug(
         "Training with mirrored images helps less than in everybody else's hands, or even harms.",
-        "",
-        AUGMENT,
-        "images[:, :, ::-1], images)",
-        "images[:, ::-1], images)",
-        "The images are mirrored top for bottom: axis 1 is the width in (N, C, W) thinking, and the height in NHWC. "
-        "The network learns of ships and horses on their heads, which no test image shows.",
-        "Look at augmented images.",
-        LOOKING,
-        "flip_exchanges_left_and_right",
+        see="",
+        file=AUGMENT,
+        old="images[:, :, ::-1], images)",
+        new="images[:, ::-1], images)",
+        what="The images are mirrored top for bottom: axis 1 is the width in (N, C, W) thinking, and the height in "
+        "NHWC. The network learns of ships and horses on their heads, which no test image shows.",
+        how="Look at augmented images.",
+        tool=LOOKING,
+        check="flip_exchanges_left_and_right",
     ),
     Bug(
         "Normalised training images have a standard deviation of 1.2, not 1.",
-        "",
-        CIFAR10,
-        "STD = (0.24703223, 0.24348513, 0.26158784)",
-        "STD = (0.2023, 0.1994, 0.2010)",
-        "These three numbers are in very many programs. They are the mean of each image's own deviation, which "
+        see="",
+        file=CIFAR10,
+        old="STD = (0.24703223, 0.24348513, 0.26158784)",
+        new="STD = (0.2023, 0.1994, 0.2010)",
+        what="These three numbers are in very many programs. They are the mean of each image's own deviation, which "
         "leaves out how images differ from each other. As training and test use the same ones, it costs little.",
-        "Measure the deviation of what the network is given, or compute the constants anew: cifar10.statistics.",
-        BY_HAND,
-        "images_are_normalised",
+        how="Measure the deviation of what the network is given, or compute the constants anew: cifar10.statistics.",
+        tool=BY_HAND,
+        check="images_are_normalised",
     ),
     Bug(
         "Weights decay faster than lr times weight decay says; a published value of it works badly here.",
-        "",
-        REFERENCE,
-        "param -= lr * grad",
-        "param -= lr * (grad + weight_decay * param)",
-        "The decay is in the gradient already, and is subtracted from the weight once more.",
-        "A step with a gradient of 0, from which the decay alone follows: w (1 - lr weight_decay).",
-        BY_HAND,
-        "weights_decay_once",
+        see="",
+        file=REFERENCE,
+        old="param -= lr * grad",
+        new="param -= lr * (grad + weight_decay * param)",
+        what="The decay is in the gradient already, and is subtracted from the weight once more.",
+        how="A step with a gradient of 0, from which the decay alone follows: w (1 - lr weight_decay).",
+        tool=BY_HAND,
+        check="weights_decay_once",
     ),
     Bug(
         "Averaged weights, which should be better than those of the last step, are worse.",
-        f"{TRAIN} --epochs 10 --ema 0.95",
-        EVALUATION,
-        "average.swap()\n    try:\n        measure_statistics(model, batches)\n",
-        "measure_statistics(model, batches)\n    try:\n        average.swap()\n",
-        "BatchNorm's statistics are measured before the averaged weights are in place. They belong to other weights, "
-        "whose activations are larger.",
-        "Measure the statistics again inside the block: they change, and the accuracy with them. Then read the order "
-        "of the lines.",
-        READING,
-        "averages_have_their_own_statistics",
+        see=f"{TRAIN} --epochs 10 --ema 0.95",
+        file=EVALUATION,
+        old="average.swap()\n    try:\n        measure_statistics(model, batches)\n",
+        new="measure_statistics(model, batches)\n    try:\n        average.swap()\n",
+        what="BatchNorm's statistics are measured before the averaged weights are in place. They belong to other "
+        "weights, whose activations are larger.",
+        how="Measure the statistics again inside the block: they change, and the accuracy with them. Then read the "
+        "order of the lines.",
+        tool=READING,
+        check="averages_have_their_own_statistics",
     ),
     Bug(
         "A loop that halves optimizer.lr now and then is back at the first rate after a run was resumed.",
-        "",
-        "minires/training/run.py",
-        'position.get("lr", self.optimizer.lr)',
-        'position.get("learning_rate", self.optimizer.lr)',
-        "The checkpoint calls it lr. A get with a default hides every misspelling, and the optimizer keeps the rate "
-        "that it was made with. The loss jumps where the run was resumed.",
-        "Stop a run, resume it, and compare with one that was not stopped: the same bits, or it is not resumed.",
-        READING,
-        "rate_survives_the_night",
+        see="",
+        file="minires/training/run.py",
+        old='position.get("lr", self.optimizer.lr)',
+        new='position.get("learning_rate", self.optimizer.lr)',
+        what="The checkpoint calls it lr. A get with a default hides every misspelling, and the optimizer keeps the "
+        "rate that it was made with. The loss jumps where the run was resumed.",
+        how="Stop a run, resume it, and compare with one that was not stopped: the same bits, or it is not resumed.",
+        tool=READING,
+        check="rate_survives_the_night",
     ),
     Bug(
         "In each epoch the first image of a batch is moved as the first image of every other batch.",
-        "",
-        TRAIN_CIFAR,
-        "random_crop(images, args.seed, epoch, start, args.crop)",
-        "random_crop(images, args.seed, epoch, 0, args.crop)",
-        "The position in the epoch is what the crop is drawn from, and every batch gets that of the first. There are "
-        "128 crops in an epoch rather than 40,000. Each looks right; the network overfits a little earlier.",
-        "Nothing shows it but reading, or printing the draws of two batches. A like bug, one random state for all "
+        see="",
+        file=TRAIN_CIFAR,
+        old="random_crop(images, args.seed, epoch, start, args.crop)",
+        new="random_crop(images, args.seed, epoch, 0, args.crop)",
+        what="The position in the epoch is what the crop is drawn from, and every batch gets that of the first. There "
+        "are 128 crops in an epoch rather than 40,000. Each looks right; the network overfits a little earlier.",
+        how="Nothing shows it but reading, or printing the draws of two batches. A like bug, one random state for all "
         "workers that load images, was in very many PyTorch programs.",
-        READING,
-        "batches_have_their_own_crops",
+        tool=READING,
+        check="batches_have_their_own_crops",
     ),
     Bug(
         "Every test accuracy on the 500 images of the sample is a whole percent.",
-        FIRST,
-        EVALUATION,
-        "float((logits.argmax(axis=1) == labels).mean())",
-        "float((logits.argmax(axis=1) == labels)[(len(labels) - 1) // batch_size * batch_size :].mean())",
-        "The accuracy is that of the last batch: 100 images of 500 here. In the report's script these are 16 of "
+        see=FIRST,
+        file=EVALUATION,
+        old="float((logits.argmax(axis=1) == labels).mean())",
+        new="float((logits.argmax(axis=1) == labels)[(len(labels) - 1) // batch_size * batch_size :].mean())",
+        what="The accuracy is that of the last batch: 100 images of 500 here. In the report's script these are 16 of "
         "10,000, and its 87.5 % are 14 of 16. The mean is right, but its error is 25 times what one thinks.",
-        "One image of 500 is 0.2 %: numbers that are too round were counted on fewer. Shuffle the test images, and "
+        how="One image of 500 is 0.2 %: numbers that are too round were counted on fewer. Shuffle the test images, and "
         "the accuracy changes.",
-        READING,
-        "accuracy_is_of_all_images",
+        tool=READING,
+        check="accuracy_is_of_all_images",
     ),
     Bug(
         "The validation accuracy is well above the test accuracy, and the more so the longer one trains.",
-        f"{TRAIN} --epochs 30",
-        CIFAR10,
-        "return order[validation:], order[:validation]",
-        "return order[validation:], order[-validation:]",
-        "The validation images are the last ones of the order, and all of them are trained on too. Validation "
+        see=f"{TRAIN} --epochs 30",
+        file=CIFAR10,
+        old="return order[validation:], order[:validation]",
+        new="return order[validation:], order[-validation:]",
+        what="The validation images are the last ones of the order, and all of them are trained on too. Validation "
         "measures what was memorised.",
-        "Validation follows training in the curves, and test does not. The two parts have images in common: "
+        how="Validation follows training in the curves, and test does not. The two parts have images in common: "
         "np.intersect1d.",
-        CURVES,
-        "no_image_is_on_both_sides",
+        tool=CURVES,
+        check="no_image_is_on_both_sides",
     ),
     Bug(
         "The best validation loss and the test loss are the same to the last digit; the accuracy is a little too good.",
-        f"{TRAIN} --epochs 3",
-        TRAIN_CIFAR,
-        "run.validate(functools.partial(measure, model, data.validation, run))",
-        "run.validate(functools.partial(measure, model, data.test, run))",
-        "The epoch to keep is chosen on the test images. Of twenty epochs the luckiest is taken, and its luck is in "
-        "the result, which claims to be of images that nobody has looked at.",
-        "Only reading: follow the test images through the program, and see who looks at them before the end.",
-        READING,
-        "epochs_are_chosen_by_validation",
+        see=f"{TRAIN} --epochs 3",
+        file=TRAIN_CIFAR,
+        old="run.validate(functools.partial(measure, model, data.validation, run))",
+        new="run.validate(functools.partial(measure, model, data.test, run))",
+        what="The epoch to keep is chosen on the test images. Of twenty epochs the luckiest is taken, and its luck is "
+        "in the result, which claims to be of images that nobody has looked at.",
+        how="Only reading: follow the test images through the program, and see who looks at them before the end.",
+        tool=READING,
+        check="epochs_are_chosen_by_validation",
     ),
 ]
 
