@@ -33,7 +33,10 @@ def progress_bar(**options):
     """Return a bar of tqdm, which shows only where standard error is a terminal."""
     from tqdm import tqdm
 
-    shown = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    try:
+        shown = sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, a closed one, or another object in its place
+        shown = False
     return tqdm(disable=not shown, leave=False, dynamic_ncols=True, **options)
 
 
