@@ -8,6 +8,7 @@ import concurrent.futures
 import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -388,8 +389,9 @@ def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, value):
     threads.set_num_threads(None)
     with pytest.raises(ValueError, match=f"MINIRES_NUM_THREADS must be an integer of at least 1, got '{value}'"):
         threads.num_threads()
-    with pytest.raises(ValueError, match="must be an integer of at least 1, got 0"):
-        threads.set_num_threads(0)
+    for number in (0, 2.5, np.float32(2.5)):
+        with pytest.raises(ValueError, match=f"must be an integer of at least 1, got {re.escape(repr(number))}"):
+            threads.set_num_threads(number)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def read_arrays(path):
     """
     import safetensors
 
+    path = os.fspath(path)  # None fails here, and not as a file of numbers that NumPy has not
     try:
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
