@@ -14,6 +14,7 @@ from lessons import sanity
 
 from minires import BatchNorm2d, Bias2d, Conv2d, GlobalAvgPool2d, Linear, Module, Sequential, cifar10
 from minires.augment import normalize
+from minires.training import UsageError
 
 NAMES = ("step 0", "overfitted", "falls", "zeroed", "explodes", "scale")
 LR = 0.01
@@ -206,10 +207,11 @@ def test_an_error_in_it_is_told_with_its_line(mine):
 
 
 @pytest.mark.parametrize("name", ["mine.py:Nobody", "mine.py:NUMBER", "mine.py", "nobody.py:Mine"])
-def test_what_is_no_module_is_refused(mine, name):
-    code, _, err = run("--module", name, cwd=mine.parent)
-    assert code == 2
-    assert err.startswith("error: --module")
+def test_what_is_no_module_is_refused(mine, name, monkeypatch):
+    monkeypatch.chdir(mine.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(UsageError, match="--module"):
+        sanity.load_class(name)
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def rate_comes_down():
     require(abs(rate - expected) < 1e-6, f"the last rate of a cosine from 1 to 0 is {rate:.2f}, not {expected:.2f}")
 
 
-def channels_are_colours():
+def channels_are_colors():
     path = pathlib.Path(minires.__file__).parent / "cifar10" / "sample" / "data_batch_1.bin"
     red = np.frombuffer(path.read_bytes()[1:1025], np.uint8).reshape(32, 32)
     same = float((cifar10.load_sample().train_images[0, :, :, 0] == red).mean())
