@@ -27,10 +27,11 @@ import sys
 
 import numpy as np
 
+from minires.console import note
 from minires.training import UsageError
 from minires.training.arguments import at_least, folder
 from minires.training.folder import RESULT, SETTINGS, read_settings
-from minires.training.output import draw, note
+from minires.training.output import draw
 from minires.training.script import run_script
 from minires.training.signals import ending_signals
 from minires.training.storage import write_atomically
@@ -107,7 +108,7 @@ def main():
     complete_runs(args)  # what train_cifar.py or an earlier run does not agree with is told before anything begins
     failed = False
     for i, (variant, seed) in enumerate(runs, start=1):
-        if not (folder_of(args, variant, seed) / RESULT).exists():
+        if not os.path.exists(folder_of(args, variant, seed) / RESULT):
             print(f"run {i} of {len(runs)}: {variant}, seed {seed}", flush=True)
             code = train(args, variant, seed)
             if code > 1:
@@ -144,9 +145,9 @@ def complete_runs(args):
     for variant in STUDIES[args.study]:
         for seed in seeds_of(args, variant):
             folder = folder_of(args, variant, seed)
-            if (folder / SETTINGS).exists():
+            if os.path.exists(folder / SETTINGS):
                 check_settings(folder, recipes.parse_arguments(options_of(args, variant, seed))[0])
-                if (folder / RESULT).exists():
+                if os.path.exists(folder / RESULT):
                     complete.setdefault(variant, []).append(folder)
     return complete
 
@@ -169,7 +170,7 @@ def check_settings(folder, asked):
 def train(args, variant, seed):
     """Make a run; one that was cut off is resumed. Return its exit code."""
     folder, options = folder_of(args, variant, seed), options_of(args, variant, seed)
-    if not (folder / SETTINGS).exists():
+    if not os.path.exists(folder / SETTINGS):
         return call([sys.executable, TRAIN, *options, "--out", folder])
     _, given = recipes.parse_arguments(options)
     free = [

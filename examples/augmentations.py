@@ -1,16 +1,15 @@
-"""Draw what each augmentation does to one image: the picture in the README.
+"""Draw what each augmentation does to one image: the picture in README.md beside this file.
 
 python examples/augmentations.py            writes augmentations.png
 """
 
 import argparse
-import pathlib
 
 import numpy as np
 
 from minires import augment, plots
 from minires.cifar10 import load_sample
-from minires.training.arguments import at_least
+from minires.training.arguments import at_least, folder
 from minires.training.script import run_script
 from minires.trivial_augment import OPERATIONS, change, trivial_augment
 
@@ -25,7 +24,7 @@ def main():
     parser.add_argument(
         "--strength", type=at_least(0, below=31), default=15, metavar="N", help="of TrivialAugment's, from 0 to 30"
     )
-    parser.add_argument("--out", type=pathlib.Path, default="augmentations.png", metavar="FILE")
+    parser.add_argument("--out", type=folder, default="augmentations.png", metavar="FILE")
     parser.add_argument("--debug", action="store_true", help="errors with a traceback")
     args = parser.parse_args()
 

@@ -79,8 +79,7 @@ def main():
         print_layers(args.batch_size, args.rounds * args.steps)
         return
     contestants = {"minires": Minires} | torch_contestants(Torch, TorchCompiled, args.compile)
-    workers = {name: Worker(contestant, args.batch_size, args.steps) for name, contestant in contestants.items()}
-    print("versions: " + ", ".join(f"{name} {worker.ask('version')}" for name, worker in workers.items()))
+    workers = start_workers(contestants, args.batch_size, args.steps)
     for task in ("train", "evaluate"):
         for worker in workers.values():
             worker.ask("warm_up", task)
@@ -103,6 +102,12 @@ def torch_contestants(eager, compiled, with_compiled):
     return {"PyTorch eager": eager} | ({"torch.compile": compiled} if with_compiled else {})
 
 
+def start_workers(contestants, *arguments):
+    workers = {name: Worker(contestant, *arguments) for name, contestant in contestants.items()}
+    print("versions: " + ", ".join(f"{name} {worker.ask('version')}" for name, worker in workers.items()))
+    return workers
+
+
 def processor():
     try:
         with open("/proc/cpuinfo") as file:
@@ -115,23 +120,27 @@ def print_table(task, seconds, images, peaks):
     print(f"\n{task:<16} {'images/s':>9} {'from':>7} {'to':>7}   minires is faster by   {'peak memory':>11}")
     for name, times in seconds.items():
         speeds = sorted(images / s for s in times)
-        ratios = sorted(theirs / ours for theirs, ours in zip(times, seconds["minires"], strict=True))
-        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if name != "minires" else ""
+        ratio = ratios(times, seconds["minires"]) if name != "minires" else ""
         peak = f"{peaks[name]:,.0f} MB" if task == "train" else ""
         print(
             f"{name:<16} {statistics.median(speeds):9.1f} {speeds[0]:7.1f} {speeds[-1]:7.1f}   {ratio:<20}   {peak:>11}"
         )
 
 
+def ratios(theirs, ours):
+    """How many times as long they take, round by round: the median, the least and the most."""
+    rounds = sorted(their_time / our_time for their_time, our_time in zip(theirs, ours, strict=True))
+    return f"{statistics.median(rounds):.2f} ({rounds[0]:.2f} to {rounds[-1]:.2f})"
+
+
 class Worker:
     """A contestant in a process of its own, which does what it is asked and otherwise sleeps."""
 
-    def __init__(self, contestant, *size):
+    def __init__(self, contestant, *arguments):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        target = serve if size else serve_on_gpu
-        arguments = (target, "--debug" in sys.argv, theirs, contestant, *size)
-        self.process = context.Process(target=tell_errors, args=arguments, daemon=True)
+        arguments = ("--debug" in sys.argv, theirs, contestant, *arguments)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it inherits this: a Ctrl-C ends it from here
         self.process.start()
         signal.signal(signal.SIGINT, before)
@@ -161,46 +170,23 @@ class Worker:
         self.process.join()
 
 
-def tell_errors(target, debug, pipe, *arguments):
-    """Do what a contestant's process is for; what ends it is told to the one who asks, in a type that can travel."""
+def serve(debug, pipe, contestant, *arguments):
+    """Make the contestant and answer questions, each the name of an attribute, called with what follows it.
+
+    What ends this process is told to the one who asks, in a type that can travel.
+    """
     try:
-        target(pipe, *arguments)
+        contestant = contestant(*arguments)
+        while question := pipe.recv():
+            answer = getattr(contestant, question[0])
+            pipe.send((answer(*question[1:]) if callable(answer) else answer, peak_memory()))
     except Exception as error:
-        told = (
-            MemoryError(str(error))
-            if isinstance(error, MemoryError)
-            else RuntimeError(f"{type(error).__name__}: {error}")
-        )
+        memory = isinstance(error, MemoryError)
+        told = MemoryError(str(error)) if memory else RuntimeError(f"{type(error).__name__}: {error}")
         with contextlib.suppress(OSError):  # the one who asks may have ended
             pipe.send((told, 0))
         if debug:
             raise
-
-
-def serve(pipe, contestant, batch_size, steps):
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((batch_size, 32, 32, 3)).astype(np.float32)
-    contestant = contestant(images, rng.integers(0, 10, batch_size))
-    while question := pipe.recv():
-        match question:
-            case ["version"]:
-                answer = contestant.version
-            case ["warm_up", task]:
-                answer = [getattr(contestant, task)() for _ in range(WARMUP)]
-            case ["time", task]:
-                started = time.perf_counter()
-                for _ in range(steps):
-                    getattr(contestant, task)()
-                answer = time.perf_counter() - started
-        pipe.send((answer, peak_memory()))
-
-
-def serve_on_gpu(pipe, contestant):
-    contestant = contestant()
-    while question := pipe.recv():
-        name, *arguments = question
-        answer = getattr(contestant, name)
-        pipe.send((answer(*arguments) if callable(answer) else answer, 0))
 
 
 def peak_memory():
@@ -213,11 +199,28 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-class Minires:
+class OnCPU:
+    """A contestant that trains and evaluates on one batch, again and again."""
+
+    def __init__(self, batch_size, steps=1):
+        rng = np.random.default_rng(0)
+        self.images = rng.standard_normal((batch_size, 32, 32, 3)).astype(np.float32)
+        self.labels, self.steps = rng.integers(0, 10, batch_size), steps
+
+    def warm_up(self, task):
+        for _ in range(WARMUP):
+            getattr(self, task)()
+
+    def time(self, task):
+        """Return the seconds of the steps of one round."""
+        return seconds(lambda: [getattr(self, task)() for _ in range(self.steps)])
+
+
+class Minires(OnCPU):
     version = minires.__version__
 
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.model = minires.ResNet()
         self.loss_function = minires.SoftmaxCrossEntropy()
         self.optimizer = minires.Adam(self.model.parameters())
@@ -234,15 +237,16 @@ class Minires:
         return float(self.model.eval()(self.images).sum())
 
 
-class Torch:
-    def __init__(self, images, labels):
+class Torch(OnCPU):
+    def __init__(self, *arguments):
         import torch
         from torch_resnet import TorchResNet
 
+        super().__init__(*arguments)
         torch.set_num_threads(num_threads())
         self.torch, self.version = torch, torch.__version__
-        self.images = torch.from_numpy(images.transpose(0, 3, 1, 2))  # a view: channels last in memory
-        self.labels = torch.from_numpy(labels)
+        self.images = torch.from_numpy(self.images.transpose(0, 3, 1, 2))  # a view: channels last in memory
+        self.labels = torch.from_numpy(self.labels)
         self.model = TorchResNet().to(memory_format=torch.channels_last)
         self.loss_function = torch.nn.CrossEntropyLoss()
         self.optimizer = torch.optim.Adam(self.model.parameters())
@@ -261,8 +265,8 @@ class Torch:
 
 
 class TorchCompiled(Torch):
-    def __init__(self, images, labels):
-        super().__init__(images, labels)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.model = self.torch.compile(self.model)
 
 
@@ -276,10 +280,9 @@ def benchmark_gpu(args):
         return
     contestants = {"minires": MiniresOnGPU, "minires, not recorded": MiniresUnrecorded}
     contestants |= torch_contestants(TorchOnGPU, TorchCompiledOnGPU, args.compile)
-    workers = {name: Worker(contestant) for name, contestant in contestants.items()}
-    print("versions: " + ", ".join(f"{name} {worker.ask('version')}" for name, worker in workers.items()) + "\n")
+    workers = start_workers(contestants)
     print(
-        f"{'':<9} {'batch':>5}  {'':<21} {'ms a step':>9} {'from':>7} {'to':>7} {'s an epoch':>10} {'MB':>6}"
+        f"\n{'':<9} {'batch':>5}  {'':<21} {'ms a step':>9} {'from':>7} {'to':>7} {'s an epoch':>10} {'MB':>6}"
         "  minires is"
     )
     for precision in args.precision:
@@ -291,8 +294,7 @@ def benchmark_gpu(args):
                     times[name].append(worker.ask("time") * 1000)
             for name, milliseconds in times.items():
                 median = statistics.median(milliseconds)
-                ratios = sorted(theirs / ours for theirs, ours in zip(milliseconds, times["minires"], strict=True))
-                faster = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) times as fast"
+                faster = f"{ratios(milliseconds, times['minires'])} times as fast"
                 print(
                     f"{precision:<9} {batch_size:>5}  {name:<21} {median:9.2f} {min(milliseconds):7.2f} "
                     f"{max(milliseconds):7.2f} {median / 1000 * EPOCH / batch_size:10.2f} {memory[name] / 2**20:6.0f}  "
@@ -484,10 +486,7 @@ def print_layers(batch_size, steps):
     F(4x4, 3x3)) at the rate of a large matrix product; that of a normalisation is reading and writing each of its
     arrays once, those of the ReLU and of the sum that it includes among them, at the rate of a copy.
     """
-    rng = np.random.default_rng(0)
-    contestant = Minires(
-        rng.standard_normal((batch_size, 32, 32, 3)).astype(np.float32), rng.integers(0, 10, batch_size)
-    )
+    contestant = Minires(batch_size)
     shapes = output_shapes(contestant.model, (32, 32, 3))
     leaves = [
         part for part in parts_first(contestant.model) if not isinstance(part, minires.Sequential | minires.BasicBlock)
@@ -507,11 +506,7 @@ def print_layers(batch_size, steps):
 
     for layer, way in timings:
         setattr(layer, way, timed(layer, way))
-    totals = []
-    for _ in range(WARMUP + steps):
-        started = time.perf_counter()
-        contestant.train()
-        totals.append(1000 * (time.perf_counter() - started))
+    totals = [1000 * contestant.time("train") for _ in range(WARMUP + steps)]
 
     gflops, gigabytes = product_rate(), copy_rate()
     print(f"a product of 4096x4096 matrices runs at {gflops:.0f} GFLOP/s, a copy moves {gigabytes:.1f} GB/s\n")

@@ -1,8 +1,10 @@
 """Measure a trained network: loss, accuracy, accuracy of each class, and which classes it takes for which.
 
+    python examples/evaluate.py
     python examples/evaluate.py runs/my-run/best.safetensors --data sample
 
-The checkpoint is a safetensors file of minires, or one that PyTorch wrote from the same network.
+The weights are in a safetensors file of minires, or one that PyTorch wrote from the same network; without one, the
+weights that come with minires serve.
 """
 
 import argparse
@@ -12,15 +14,16 @@ from minires import cifar10
 from minires.backend import choose_device
 from minires.evaluation import confusion_matrix
 from minires.loss import SoftmaxCrossEntropy
-from minires.training import load_model
 from minires.training.arguments import data_folder, read_data
 from minires.training.script import run_script
-from minires.training.weights import logits_of
+from minires.training.weights import load_or_published, logits_of
 
 
 def main():
     parser = argparse.ArgumentParser(description="Measure a trained network on CIFAR-10.", allow_abbrev=False)
-    parser.add_argument("checkpoint", type=pathlib.Path, help="a safetensors file")
+    parser.add_argument(
+        "weights", nargs="?", type=pathlib.Path, help="a safetensors file; default: minires.pretrained()"
+    )
     parser.add_argument(
         "--data", type=data_folder, metavar="sample|DIR", help="default: $MINIRES_DATA or ~/.cache/minires"
     )
@@ -31,11 +34,11 @@ def main():
     args = parser.parse_args()
 
     device = choose_device(args.device)
-    model, _ = load_model(args.checkpoint)
+    model, path = load_or_published(args.weights)
     data = read_data(args.data)
     images, labels = (data.test_images, data.test_labels) if args.part == "test" else data[:2]
 
-    logits = logits_of(model.to(device), images, args.checkpoint, args.tta)
+    logits = logits_of(model.to(device), images, path, args.tta)
     loss = float(SoftmaxCrossEntropy().forward(logits, labels))
     matrix = confusion_matrix(labels, logits.argmax(axis=1), len(cifar10.CLASSES))
 

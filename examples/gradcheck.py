@@ -50,7 +50,7 @@ def main():
         ("BasicBlock", BasicBlock(6, 6, rng=rng), images),
         ("BasicBlock with projection", BasicBlock(6, 8, stride=2, rng=rng), images),
         ("SoftmaxCrossEntropy", SoftmaxCrossEntropy(0.1), rng.standard_normal((8, 10)), rng.integers(0, 10, 8)),
-        ("ResNet, 4,977,226 parameters", ResNet(), rng.standard_normal((2, 32, 32, 3))),
+        ("ResNet, 4,977,226 parameters", ResNet(), rng.standard_normal((2, 16, 16, 3))),
     ]
     print(f"{'layer':<30} {'gradients':>9}  {'largest error':>13}  of")
     for title, layer, *inputs in checks:

@@ -5,11 +5,11 @@ import argparse
 import minires
 from minires import kernels
 from minires.backend import gpu_library
+from minires.console import note
 from minires.kernels import gpu
 from minires.training import UsageError
 from minires.training.arguments import at_least, data_folder, folder, not_negative, positive, probability
 from minires.training.folder import SETTINGS
-from minires.training.output import note
 
 SCHEDULES = {
     "constant": minires.constant,
@@ -84,7 +84,7 @@ RECIPES = {
 NO_AUGMENT = {"crop": 0, "flip": "none", "cutout": 0, "trivial_augment": False}
 MAY_BE_NONE = ("precision", "data", "limit_batches", "clip")
 FREE_IN_A_RESUMED_RUN = ("device", "data", "checkpoint_every", "resume", "out", "debug")  # no result depends on them
-SETTINGS_OF_EVERY_RUN = ("seed", "blocks", "epochs", "batch_size")  # those of a run from before an ingredient was added
+SETTINGS_OF_EVERY_RUN = ("seed", "blocks", "epochs", "batch_size")  # others may be younger than the run
 
 
 def make_parser():
@@ -200,7 +200,7 @@ def choose_precision(args, device):
     return PRECISIONS[precision], LOSS_SCALE if precision == "fp16" else 1.0, recorded
 
 
-def resumed(args, given, config):
+def resumed_arguments(args, given, config):
     """Return the flags of a run that is resumed: those it was begun with, and the free ones as they are given now.
 
     Raises      UsageError if others are given, or if what the run says of its flags cannot be

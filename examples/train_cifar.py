@@ -33,16 +33,15 @@ from minires.evaluation import averaged_weights, evaluate
 from minires.kernels import gpu
 from minires.training import Run, UsageError, load_model
 from minires.training.arguments import read_data
-from minires.training.folder import RESULT
 from minires.training.output import draw
 from minires.training.script import run_script
 from minires.training.weights import WEIGHTS
 from minires.trivial_augment import trivial_augment
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
-from recipes import FREE_IN_A_RESUMED_RUN, SCHEDULES, choose_precision, parse_arguments, resumed
+from recipes import FREE_IN_A_RESUMED_RUN, SCHEDULES, choose_precision, parse_arguments, resumed_arguments
 
-STATISTICS_IMAGES = 5000  # with which BatchNorm's statistics are measured for averaged weights, one in eight or ten
+STATISTICS_IMAGES = 5000  # of 40,000 or 50,000: with these, BatchNorm's statistics are measured for averaged weights
 
 
 def train(args, run):
@@ -234,9 +233,9 @@ def main():
     try:
         with Run(args.resume or args.out, resume=args.resume is not None, resume_flag="--resume") as run:
             if run.resumed:
-                args = resumed(args, given, run.settings)
+                args = resumed_arguments(args, given, run.settings)
             if run.finished:
-                print(f"the run in {run.folder} is finished, see {run.folder / RESULT}")
+                print(f"the run in {run.folder} is finished, see {run.folder / 'result.json'}")
             else:
                 train(args, run)
     except FloatingPointError as error:

@@ -15,6 +15,7 @@ from minires.summary import summary
 from minires import augment
 from minires.batches import Batches
 from minires.evaluation import evaluate, predict_logits
+from minires import cifar10
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
@@ -51,13 +52,18 @@ __all__ = [  # noqa: RUF022
     "evaluate",
     "predict_logits",
     "cifar10",
+    "pretrained",
 ]
 
 
-def __getattr__(name):
-    """Import cifar10 when it is first asked for: python -m minires.cifar10 must not find itself already there."""
-    if name == "cifar10":
-        import importlib
+def pretrained():
+    """Return the network with the weights that come with minires, in evaluation mode, on the CPU, in float32.
 
-        return importlib.import_module("minires.cifar10")
-    raise AttributeError(f"module 'minires' has no attribute {name!r}")
+    weights/README.md tells how they were made, how good they are and who may use them.
+
+    Limits      ten classes, those of `cifar10.CLASSES`; images of 32x32 pixels, normalised by `cifar10.MEAN` and STD
+    Raises      CheckpointError for a file that is missing or not the one that was published
+    """
+    from minires.training.weights import load_published  # which needs more than NumPy
+
+    return load_published()[0]

@@ -36,7 +36,8 @@ def random_crop(images, key, epoch, start=0, padding=4):
     """
     if not isinstance(padding, numbers.Integral) or padding < 0:
         raise ValueError(f"random_crop: padding must be an integer of at least 0, got {padding!r}")
-    xp = array_module(images)
+    check_images("random_crop", images)
+    xp, padding = array_module(images), int(padding)  # in uint8, 2 padding + 1 could wrap round
     N, H, W, _ = images.shape
     corner = draw_below(2 * padding + 1, random_words(N, key, epoch, CROP_STREAM, xp=xp, start=start)[:, :2])  # (N, 2)
     rows = corner[:, 0, None] + xp.arange(H)  # (N, H)
@@ -53,6 +54,7 @@ def random_flip(images, key, epoch, start=0, p=0.5):
     """
     if not 0 <= p <= 1:
         raise ValueError(f"random_flip: p must be from 0 to 1, got {p}")
+    check_images("random_flip", images)
     xp = array_module(images)
     words = random_words(len(images), key, epoch, FLIP_STREAM, xp=xp, start=start)[:, 0].astype(xp.uint64)
     return mirror(images, words < int(p * 2**32))
@@ -67,8 +69,9 @@ def alternating_flip(images, index, key, epoch):
     Shapes      images (N, H, W, C), index (N,) of each image in the data set  ->  the images
     Source      Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU"
     """
+    check_images("alternating_flip", images)
     xp = array_module(images)
-    words = words_of(index.astype(xp.uint64), key, 0, ALTERNATING_STREAM)[:, 0]
+    words = words_of(xp.asarray(index).astype(xp.uint64), key, 0, ALTERNATING_STREAM)[:, 0]
     return mirror(images, (words & 1) == epoch % 2)
 
 
@@ -92,6 +95,7 @@ def cutout(images, key, epoch, start=0, size=8, color=MEAN_COLOR):
     """
     if not isinstance(size, numbers.Integral) or size < 0:
         raise ValueError(f"cutout: size must be an integer of at least 0, got {size!r}")
+    check_images("cutout", images)
     if len(color) != images.shape[3]:
         raise ValueError(f"cutout: color has {len(color)} numbers, and the images {images.shape} have other channels")
     xp = array_module(images)
@@ -101,6 +105,12 @@ def cutout(images, key, epoch, start=0, size=8, color=MEAN_COLOR):
     rows, cols = xp.arange(H) - top[:, None], xp.arange(W) - left[:, None]  # (N, H), (N, W): counted from the square
     covered = ((rows >= 0) & (rows < size))[:, :, None] & ((cols >= 0) & (cols < size))[:, None, :]  # (N, H, W)
     return xp.where(covered[:, :, :, None], xp.asarray(color, dtype=images.dtype), images)
+
+
+def check_images(name, images):
+    if getattr(images, "ndim", 0) != 4:  # a single image would pass for many: its rows for images, mirrored one by one
+        shape = getattr(images, "shape", f"a {type(images).__name__}")
+        raise ValueError(f"{name} expects images (N, H, W, C), got {shape}")
 
 
 def draw_below(limit, words):
@@ -114,8 +124,16 @@ def normalize(images, mean, std, dtype="float32"):
 
     Shapes      images (N, H, W, C) uint8, mean and std of length C  ->  (N, H, W, C)
     Args        dtype: of the result; it is computed in float32
+    Raises      ValueError for images of another dtype: floats from 0 to 1 would all become almost the same
     """
+    check_images("normalize", images)
     xp = array_module(images)
+    if images.dtype != "uint8":
+        raise ValueError(f"normalize expects images of uint8, values 0 to 255, got {images.dtype}")
+    if not images.shape[3] == len(mean) == len(std) or not all(s > 0 for s in std):
+        raise ValueError(
+            f"normalize expects a mean and a deviation above 0 for each channel of {images.shape}, got {mean} and {std}"
+        )
     scale = xp.asarray([1 / (255 * s) for s in std], dtype=xp.float32)
     shift = xp.asarray([m / s for m, s in zip(mean, std, strict=True)], dtype=xp.float32)
     return (images * scale - shift).astype(dtype, copy=False)

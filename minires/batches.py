@@ -13,10 +13,12 @@ in its middle has the draws that it would have had.
 
 import concurrent.futures
 import math
+import numbers
 
 import numpy as np
 
 from minires.backend import array_module
+from minires.module import check_array
 
 IMAGES_AT_ONCE = 5120  # that are augmented together on a GPU, where many small launches take longer than one large
 
@@ -31,22 +33,27 @@ class Batches:
     Args        transform: a function of images (n, H, W, C), their index (n,) in `images`, and start, the position in
                 the epoch of the first one, that returns what the network is given; None gives the images as they are.
                 Arrays and order are on one device
-    Raises      ValueError for images and labels of different lengths, and a batch_size below 1
+    Raises      ValueError for images and labels of different lengths, and a batch_size below 1; TypeError for lists,
+                and a batch_size that is no integer
     """
 
     def __init__(self, images, labels, order, batch_size, transform=None):
+        for name, array in (("images", images), ("labels", labels), ("order", order)):
+            check_array(f"Batches: {name}", array)
         if len(images) != len(labels):
             raise ValueError(
                 f"Batches: expected a label for each image, got {len(images)} images and {len(labels)} labels"
             )
+        if not isinstance(batch_size, numbers.Integral):
+            raise TypeError(f"Batches: batch_size must be an integer, got {batch_size!r}")
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
         self.images, self.labels, self.order, self.batch_size = images, labels, order, batch_size
-        self.transform = transform or (lambda images, index, start: images)
-        self.first = 0  # image of the epoch
+        self.transform = transform or unchanged
+        self.first = 0  # the position in the epoch of the first image
 
     def __len__(self):
-        return math.ceil((len(self.order) - self.first) / self.batch_size)
+        return max(0, math.ceil((len(self.order) - self.first) / self.batch_size))
 
     def skip(self, count):
         """Return the same batches without the first `count`."""
@@ -65,6 +72,10 @@ class Batches:
             images, labels = self.transform(self.images[index], index, start), self.labels[index]
             for i in range(0, len(index), self.batch_size):
                 yield images[i : i + self.batch_size], labels[i : i + self.batch_size]
+
+
+def unchanged(images, index, start):
+    return images
 
 
 def ahead(items):

@@ -1,6 +1,7 @@
 """What a trained network says about images it has not seen."""
 
 import contextlib
+import numbers
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from minires.augment import normalize
 from minires.backend import array_module, to_device, to_numpy
 from minires.layers import BatchNorm2d
 from minires.loss import SoftmaxCrossEntropy
+from minires.module import check_array
 
 
 def measure_statistics(model, batches):
@@ -25,6 +27,8 @@ def measure_statistics(model, batches):
         try:
             seen = 0
             for images in batches:
+                if not len(images):
+                    raise ValueError(f"measure_statistics: expected images in each batch, got {images.shape}")
                 seen += len(images)
                 for norm in norms:
                     norm.training, norm.momentum = True, len(images) / seen  # the mean over all images so far
@@ -72,9 +76,12 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: called
                 before each batch; what it raises leaves the rest undone
     """
+    check_array("predict_logits", images)
     if images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"expected images (N, H, W, 3), channels last, at least one of them, got {images.shape}")
-    weight = model.parameters()[0].data
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    weight = next((p.data for p in model.parameters()), np.zeros(0, np.float32))
     device = "cpu" if array_module(weight) is np else "gpu"
     logits = []
     with evaluation_mode(model):
@@ -102,6 +109,16 @@ def confusion_matrix(labels, predictions, num_classes):
     """Count how often each class was taken for each.
 
     Shapes      labels (N,), predictions (N,)  ->  (K, K): row the label, column the prediction
+    Raises      ValueError for what are no integers from 0 to K - 1, or not as many of the one as of the other
     """
-    pairs = np.asarray(labels, np.int64) * num_classes + np.asarray(predictions, np.int64)
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.ndim != 1 or labels.shape != predictions.shape:
+        raise ValueError(f"confusion_matrix expects (N,) twice, got {labels.shape} and {predictions.shape}")
+    for name, classes in (("labels", labels), ("predictions", predictions)):
+        if len(classes) and (classes.dtype.kind not in "iu" or not 0 <= classes.min() <= classes.max() < num_classes):
+            raise ValueError(
+                f"confusion_matrix expects {name} that are integers from 0 to {num_classes - 1}, got "
+                f"{classes.min()} to {classes.max()}, {classes.dtype}"
+            )
+    pairs = labels.astype(np.int64) * num_classes + predictions.astype(np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -51,7 +51,7 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
                 larger of the two, or over |gradient|, the size to expect, where chance makes both small
     Raises      AssertionError that names the wrong gradients; also if forward writes to x, or backward to dout, or if
                 it sets a parameter's gradient where it should add to it
-                ValueError for an x that is not finite
+                ValueError for an x that is not finite, or empty
     """
     title = type(layer).__name__
     layer = copy.deepcopy(layer)
@@ -60,6 +60,8 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
         for parameter in layer.parameters():
             parameter.grad[...] = 0
     x = np.array(x, dtype=dtype)
+    if not x.size:
+        raise ValueError(f"check_gradients: x must hold numbers, got {x.shape}: there would be nothing to check")
     if not np.isfinite(x).all():
         raise ValueError("check_gradients: x holds values that are not finite")
     rng = np.random.default_rng([seed, *b"check_gradients"])  # or an x drawn from the same seed would be its own dout

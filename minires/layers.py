@@ -12,7 +12,7 @@ import numpy as np
 
 from minires.backend import array_module
 from minires.kernels import kernels_for
-from minires.module import Buffer, Module, Parameter
+from minires.module import Buffer, Module, Parameter, check_array
 
 
 class ReLU(Module):
@@ -36,7 +36,7 @@ class Dropout(Module):
     """In training, set each element to 0 with probability p and scale the others by 1 / (1 - p).
 
     The mask is a function of `key`, drawn once from rng, and of `step`, which counts the training passes. To resume a
-    run where it was left, set `step`. On a GPU it is kept there, as a 0-d array: a recorded pass (see kernels/gpu.py)
+    run where it was left, set `step`. On a GPU, `step` is a 0-d array there: a recorded pass (see kernels/gpu.py)
     counts on by itself.
 
     Cached      the step, from which backward draws the mask again, and the shape of x
@@ -48,6 +48,7 @@ class Dropout(Module):
     """
 
     def __init__(self, p=0.5, *, rng=None):
+        _check_numbers("Dropout", p=p)
         if not 0 <= p < 1:
             raise ValueError(f"Dropout: p must be at least 0 and below 1, got {p}")
         self.p = float(p)  # a NumPy float64 would turn what it touches into float64
@@ -104,7 +105,7 @@ class Linear(Module):
     """
 
     def __init__(self, in_features, out_features, bias=True, *, rng=None):
-        _check_integers("Linear", in_features=in_features, out_features=out_features)
+        in_features, out_features = _integers("Linear", in_features=in_features, out_features=out_features)
         rng = np.random.default_rng(rng)
         self.in_features, self.out_features = in_features, out_features
         bound = 1 / math.sqrt(in_features)
@@ -134,11 +135,12 @@ class GlobalAvgPool2d(Module):
 
     Shapes      x (N, H, W, C)  ->  out (N, C)
     Cached      the shape of x
+    Raises      ValueError for an x of another shape, or without pixels
     Source      Lin, Chen and Yan 2014, "Network in network". PyTorch writes it AdaptiveAvgPool2d(1) and flattens
     """
 
     def forward(self, x):
-        if x.ndim != 4:
+        if x.ndim != 4 or 0 in x.shape[1:3]:  # the mean of no pixels is NaN
             raise ValueError(f"GlobalAvgPool2d expects (N, H, W, C), got {x.shape}")
         self._keep(x.shape, x.dtype)
         return kernels_for(x).global_avg_pool2d_forward(x)
@@ -162,8 +164,7 @@ class MaxPool2d(Module):
 
     def __init__(self, kernel_size, stride=None):
         stride = kernel_size if stride is None else stride
-        _check_integers("MaxPool2d", kernel_size=kernel_size, stride=stride)
-        self.kernel_size, self.stride = kernel_size, stride
+        self.kernel_size, self.stride = _integers("MaxPool2d", kernel_size=kernel_size, stride=stride)
 
     def forward(self, x):
         if x.ndim != 4:
@@ -201,7 +202,8 @@ class BatchNorm2d(Module):
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, *, relu=False):
-        _check_integers("BatchNorm2d", num_features=num_features)
+        (num_features,) = _integers("BatchNorm2d", num_features=num_features)
+        _check_numbers("BatchNorm2d", eps=eps, momentum=momentum)
         if not (np.float32(eps) > 0 and 0 <= momentum <= 1):  # else a constant channel would be 0 / 0
             raise ValueError(
                 f"BatchNorm2d: eps must be above 0 in float32 and momentum from 0 to 1, got {eps} and {momentum}"
@@ -256,7 +258,7 @@ class Bias2d(Module):
     """
 
     def __init__(self, num_features, *, relu=False):
-        _check_integers("Bias2d", num_features=num_features)
+        (num_features,) = _integers("Bias2d", num_features=num_features)
         self.num_features, self.relu = num_features, relu
         self.bias = Parameter(np.zeros(num_features, np.float32))
 
@@ -297,10 +299,10 @@ class Conv2d(Module):
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, rng=None):
-        _check_integers(
+        in_channels, out_channels, kernel_size, stride = _integers(
             "Conv2d", in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride
         )
-        _check_integers("Conv2d", least=0, padding=padding)
+        (padding,) = _integers("Conv2d", least=0, padding=padding)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -330,10 +332,18 @@ class Conv2d(Module):
         return dx
 
 
-def _check_integers(layer, least=1, **sizes):
+def _integers(layer, least=1, **sizes):
+    """Return the sizes as Python's integers: arithmetic in NumPy's uint8 would wrap round at 256."""
     for name, value in sizes.items():
         if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{layer}: {name} must be an integer of at least {least}, got {value!r}")
+    return [int(value) for value in sizes.values()]
+
+
+def _check_numbers(layer, **values):
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{layer}: {name} must be a number, got {value!r}")
 
 
 def _check_images(layer, x, channels):
@@ -357,6 +367,7 @@ def _check_residual(layer, x, residual):
 
 
 def _check_dout(layer, dout, out_shape, out_dtype):
+    check_array(f"{type(layer).__name__}.backward", dout)
     if dout.shape != out_shape:
         raise ValueError(
             f"{type(layer).__name__}.backward expects the gradient of its output, {out_shape}, got {dout.shape}"

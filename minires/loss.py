@@ -1,9 +1,12 @@
 """What training makes small: softmax and cross-entropy in one, because together they are simple and stable."""
 
+import numbers
+
 import numpy as np
 
 from minires.backend import array_module
 from minires.kernels import kernels_for
+from minires.module import check_array
 
 
 class SoftmaxCrossEntropy:
@@ -21,12 +24,15 @@ class SoftmaxCrossEntropy:
     """
 
     def __init__(self, label_smoothing=0.0):
+        if not isinstance(label_smoothing, numbers.Real):
+            raise TypeError(f"SoftmaxCrossEntropy: label_smoothing must be a number, got {label_smoothing!r}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"SoftmaxCrossEntropy: label_smoothing must be from 0 to 1, got {label_smoothing}")
         self.label_smoothing = float(label_smoothing)
         self._cache = None
 
     def forward(self, logits, labels):
+        check_array("SoftmaxCrossEntropy", logits)
         if not hasattr(labels, "shape"):
             raise ValueError(f"SoftmaxCrossEntropy expects labels as an array (N,), got {type(labels).__name__}")
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:

@@ -7,6 +7,9 @@ order, and their backwards in reverse.
 Source      PyTorch, for the names; the rules are stated in `Module`
 """
 
+from collections import deque
+from collections.abc import Mapping, Set
+
 import numpy as np
 
 from minires.backend import array_module, to_device, to_numpy
@@ -48,14 +51,20 @@ class Parameter(Buffer):
 def move(x, device, dtype):
     """Return x on the device and in the dtype; None leaves either as it is.
 
-    Raises      ValueError for float16, in which small steps of training would be lost
+    Raises      ValueError for float16, in which small steps of training would be lost, and for what are no floats
     """
-    if dtype is not None and np.dtype(dtype).itemsize < 4:
+    if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
         raise ValueError(
             f"parameters are float32 or float64, got {np.dtype(dtype)}: on a GPU, float32 ones take 16-bit images too"
         )
     x = x if device is None else to_device(x, device)
     return x if dtype is None else x.astype(dtype)
+
+
+def check_array(name, x):
+    """Raise TypeError for what is no array of NumPy or CuPy: a list, a number, a picture, another library's tensor."""
+    if not hasattr(x, "__array_function__"):
+        raise TypeError(f"{name} expects an array, got a {type(x).__name__}: np.array makes one")
 
 
 class Module:
@@ -68,7 +77,8 @@ class Module:
                     the gradient of the input.
 
     Parameters, buffers and child modules are the attributes that are such, in the order in which they were set; those
-    in lists, tuples and dicts count as well, nested or not. Their names are dotted paths: layer1.0.conv1.weight.
+    in lists, tuples, deques and dicts count as well, nested or not. Sets, which have no order, are refused. Their names
+    are dotted paths: layer1.0.conv1.weight.
     """
 
     training = True
@@ -82,8 +92,8 @@ class Module:
 
     def __call__(self, *inputs):
         for x in inputs:
-            if isinstance(x, list | tuple):
-                raise TypeError(f"{type(self).__name__} expects an array, got a {type(x).__name__}: np.array makes one")
+            if x is not None or x is inputs[0]:  # what comes second may be left out
+                check_array(type(self).__name__, x)
         return self.forward(*inputs)
 
     def _keep(self, *cache):
@@ -92,7 +102,7 @@ class Module:
 
     def _take_cache(self):
         """Return what forward kept, and drop it."""
-        if self._cache is TAKEN:
+        if self._cache == TAKEN:  # not "is": a module that was pickled has a text of its own
             raise RuntimeError(
                 f"{type(self).__name__}.backward: called twice after one forward; a layer that a network uses twice "
                 "has to be two layers, as each keeps what one backward needs"
@@ -170,11 +180,14 @@ class Module:
 
         Nothing is changed unless everything fits. Values are converted to the dtype and moved to the device in use.
 
-        Raises      ValueError that lists every name that is missing, unexpected, of the wrong shape or no real numbers
+        Raises      ValueError that lists every name that is missing, unexpected, of the wrong shape, no real numbers or
+                    too large for the dtype in use
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"load_state_dict expects a dict of arrays by name, got a {type(state).__name__}")
         state = {name: np.asarray(array) for name, array in state.items()}
         own = dict(self.named_state())
-        errors = [f"missing {name}" for name in own if name not in state]
+        errors, converted = [f"missing {name}" for name in own if name not in state], {}
         for name, array in state.items():
             if name in own:
                 expected = tuple(own[name].data.shape[axis] for axis in own[name].torch_axes)
@@ -182,13 +195,18 @@ class Module:
                     errors.append(f"{name} has shape {array.shape}, expected {expected}")
                 elif array.dtype.kind not in "fiub":
                     errors.append(f"{name} has dtype {array.dtype}, expected real numbers, such as float32")
+                else:
+                    dtype = own[name].data.dtype
+                    with np.errstate(over="ignore"):  # told below
+                        converted[name] = array.transpose(np.argsort(own[name].torch_axes)).astype(dtype, order="C")
+                    if np.isfinite(array).all() and not np.isfinite(converted[name]).all():
+                        errors.append(f"{name} holds {np.abs(array).max():.4g}, too large for {dtype}")
             elif name.rpartition(".")[2] != UNUSED_IN_PYTORCH_STATE:
                 errors.append(f"unexpected {name}")
         if errors:
             raise ValueError(f"the state does not fit this {type(self).__name__}: " + "; ".join(errors))
         for name, value in own.items():
-            array = state[name].transpose(np.argsort(value.torch_axes)).astype(value.data.dtype, order="C")
-            value.data[...] = array_module(value.data).asarray(array)
+            value.data[...] = array_module(value.data).asarray(converted[name])
 
 
 def _walk(collection, kind, prefix):
@@ -196,7 +214,9 @@ def _walk(collection, kind, prefix):
     for name, value in collection.items():
         if isinstance(value, kind):
             yield f"{prefix}{name}", value
-        elif isinstance(value, list | tuple | dict):
+        elif isinstance(value, Set) and any(isinstance(item, Module | Buffer) for item in value):
+            raise TypeError(f"{prefix}{name} is a set, whose modules or parameters have no order: make it a list")
+        elif isinstance(value, list | tuple | deque | dict):
             inside = value if isinstance(value, dict) else dict(enumerate(value))
             yield from _walk(inside, kind, f"{prefix}{name}.")
 

@@ -1,5 +1,9 @@
 """How weights move: SGD, Adam, and an average of the weights.
 
+The gradient of a batch says in which direction the loss grows fastest at the current weights. An optimizer takes a step
+against it, of a length that the learning rate sets, see `schedules`. How the layers fill the gradients is none of its
+business: it knows a list of parameters.
+
     optimizer = Adam(model.parameters(), lr=1e-3)
     for step in range(total_steps):
         optimizer.lr = cosine(step, total_steps, 1e-3)
@@ -11,6 +15,8 @@ Source      PyTorch, for the names and the arithmetic
 """
 
 import math
+import numbers
+from collections.abc import Iterable
 
 from minires.backend import array_module
 from minires.kernels import kernels_for
@@ -24,7 +30,16 @@ ALIGNMENT = 64
 class SGD:
     """Stochastic gradient descent, with momentum, Nesterov's variant and weight decay.
 
-    Update      see `kernels.reference.sgd_update`
+    Update      see `kernels.reference.sgd_update`, where momentum and Nesterov's variant are derived
+
+    Why         Momentum: the loss is often a narrow valley, in which the steepest way down points at the other wall.
+                The velocity, a sum of past gradients, forgets what changes its sign from step to step (the walls, and
+                the noise of single batches), and gathers speed along the valley.
+                Nesterov: the velocity will carry the weights on in any case, so the gradient is taken where they will
+                be. A velocity that is about to overshoot is slowed down one step earlier.
+                Weight decay: each step makes the weights a little smaller, by lr weight_decay param. Only those that
+                the data keep asking for stay large, and a network of small weights overfits less.
+
     Args        params: a list of Parameters, which are moved into one array, see `FlatParameters`; lr: learning rate;
                 momentum: 0 to below 1; weight_decay: added to the gradient, times the parameter; decay_vectors: False
                 keeps the weight decay from biases and BatchNorm's parameters; max_norm: gradients that are longer than
@@ -46,7 +61,7 @@ class SGD:
         self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
         self.decay_vectors, self.max_norm = decay_vectors, max_norm
         self.flat = FlatParameters("SGD", self.params)
-        self.flat_velocity, self.velocity = self.flat.zeros() if momentum else (None, [])
+        self.flat_velocity = self.flat.zeros() if momentum else None
 
     def zero_grad(self):
         self.flat.zero_grad()
@@ -69,19 +84,24 @@ class SGD:
     def state(self):
         """Return what a step leaves behind for the next: {name: arrays in the order of the parameters}.
 
-        The arrays are views: to go on from a saved state, write into them.
+        The arrays are views: to resume from a saved state, write into them.
         """
-        return {"velocity": self.velocity} if self.velocity else {}
+        return {} if self.flat_velocity is None else {"velocity": self.flat.views(self.flat_velocity)}
 
 
 class Adam:
     """Adaptive moments: each number moves by about lr, whatever the scale of its gradient.
 
-    Update      see `kernels.reference.adam_update`
+    Update      see `kernels.reference.adam_update`, where it is derived
+
+    Why         Gradients differ in scale from layer to layer, and one learning rate would be too large for some numbers
+                and too small for others. Adam divides the running mean of each number's gradient, m, by its usual size,
+                sqrt(v). Both averages start at 0 and are too small at first, by a known factor, which is corrected.
+
     Args        params: a list of Parameters, which are moved into one array, see `FlatParameters`; lr: learning rate;
                 betas: how slowly the two moments forget, each 0 to below 1; eps: added to the denominator;
                 weight_decay, decay_vectors, max_norm: as in `SGD`
-    Raises      ValueError for values outside these ranges
+    Raises      ValueError for values outside these ranges, and for an eps that is 0 in the dtype of the parameters
     Source      Kingma and Ba 2015; arithmetic of PyTorch's Adam
     """
 
@@ -96,17 +116,21 @@ class Adam:
         max_norm=math.inf,
     ):
         _check_range("Adam", "lr", lr, 0, math.inf)
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise TypeError(f"Adam: betas must be two numbers, got {betas!r}")
         _check_range("Adam", "betas[0]", betas[0], 0, 1)
         _check_range("Adam", "betas[1]", betas[1], 0, 1)
-        _check_above_0("Adam", "eps", eps)  # with an eps of 0, a gradient that has always been 0 would give 0 / 0
+        _check_above_0("Adam", "eps", eps)
         _check_range("Adam", "weight_decay", weight_decay, 0, math.inf)
         _check_above_0("Adam", "max_norm", max_norm)
         self.params = _checked_list("Adam", params)
+        dtype = self.params[0].data.dtype
+        if not dtype.type(eps):  # a gradient that has always been 0 would give 0 / 0
+            raise ValueError(f"Adam: eps must be above 0 in the {dtype} of the parameters, where {eps} is 0")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.decay_vectors, self.max_norm = decay_vectors, max_norm
         self.flat = FlatParameters("Adam", self.params)
-        self.flat_m, self.m = self.flat.zeros()
-        self.flat_v, self.v = self.flat.zeros()
+        self.flat_m, self.flat_v = self.flat.zeros(), self.flat.zeros()
         self.steps = 0
 
     def zero_grad(self):
@@ -135,11 +159,11 @@ class Adam:
 
         The number of steps, which belongs to it, is the attribute `steps`.
         """
-        return {"m": self.m, "v": self.v}
+        return {"m": self.flat.views(self.flat_m), "v": self.flat.views(self.flat_v)}
 
 
 class WeightAverage:
-    """An exponential moving average of the weights, which is often better than the weights of any one step.
+    """An exponential moving average (EMA) of the weights, which is often better than the weights of any one step.
 
     Update      average = d average + (1 - d) weights, with d = min(decay, (1 + t) / (10 + t)) at the t-th update
 
@@ -148,7 +172,7 @@ class WeightAverage:
                 in the average for long.
                 The running statistics of BatchNorm are not averaged: they belong to the activations of the weights of
                 each step. Averaged weights are smaller, as their noise is gone, and so are their activations.
-                Measure the statistics anew with the averaged weights in place, see `evaluate.measure_statistics`.
+                Measure the statistics anew with the averaged weights in place, see `evaluation.measure_statistics`.
 
     Args        optimizer: whose parameters; decay: 0 to below 1
     Source      Polyak and Juditsky 1992; Tarvainen and Valpola 2017, "Mean teachers are better role models"; the first
@@ -157,9 +181,13 @@ class WeightAverage:
     """
 
     def __init__(self, optimizer, decay):
+        if not hasattr(optimizer, "flat"):
+            raise TypeError(
+                f"WeightAverage: expected an optimizer, whose parameters count, got a {type(optimizer).__name__}"
+            )
         _check_range("WeightAverage", "decay", decay, 0, 1)
         self.flat, self.decay, self.updates = optimizer.flat, decay, 0
-        self.flat_average, self.average = self.flat.zeros()
+        self.flat_average = self.flat.zeros()
         self.flat_average[...] = self.flat.data
 
     def update(self):
@@ -169,7 +197,7 @@ class WeightAverage:
         kernels_for(self.flat.data).average_update(self.flat_average, self.flat.data, decay)
 
     def swap(self):
-        """Exchange the weights and the average: once to evaluate the average, and again to go on with training."""
+        """Exchange the weights and the average: once to evaluate the average, and again to continue training."""
         self.flat.check()
         weights = self.flat.data.copy()
         self.flat.data[...] = self.flat_average
@@ -177,7 +205,7 @@ class WeightAverage:
 
     def state(self):
         """Return {name: arrays in the order of the parameters}, as views; the number `updates` belongs to it."""
-        return {"average": self.average}
+        return {"average": self.flat.views(self.flat_average)}
 
 
 class FlatParameters:
@@ -190,8 +218,12 @@ class FlatParameters:
     without are one slice each. Between the parameters there are zeros, and whatever an optimizer does to a parameter
     of 0 with a gradient of 0 leaves them 0.
 
-    Limits      a Parameter lives in one such array. If it is moved (model.to) or given to another optimizer, it leaves,
-                and the next step or zero_grad says so
+    A copy (copy.deepcopy, pickle) is made anew from copies of the parameters, whose data and grad are then views of its
+    own arrays. Copy a model and its optimizer together, copy.deepcopy((model, optimizer)): alone, an optimizer takes
+    along copies of the parameters that belong to no model, and a model leaves its optimizer behind.
+
+    Limits      a Parameter lives in one such array. If it is moved (model.to) or given to another optimizer, or if its
+                data or grad is replaced, it leaves, and the next step, zero_grad or copy says so
     Raises      ValueError for parameters on several devices or of several dtypes, or one that is given twice
     """
 
@@ -215,16 +247,19 @@ class FlatParameters:
                     self.offsets[i] = end
                     end += math.ceil(p.data.size / ALIGNMENT) * ALIGNMENT
         self.size = end
-        self.data, self.data_views = self.zeros()
-        self.grad, self.grad_views = self.zeros()
+        self.data, self.grad = self.zeros(), self.zeros()
+        self.data_views, self.grad_views = self.views(self.data), self.views(self.grad)
         for p, data, grad in zip(params, self.data_views, self.grad_views, strict=True):
             data[...], grad[...] = p.data, p.grad
             p.data, p.grad = data, grad
 
+    def __reduce__(self):
+        self.check()
+        return FlatParameters, (self.owner, self.params)
+
     def zeros(self):
-        """Return an array of zeros laid out like the parameters, and its views in their order and shapes."""
-        array = self.xp.zeros(self.size, self.dtype)
-        return array, self.views(array)
+        """Return an array of zeros laid out like the parameters."""
+        return self.xp.zeros(self.size, self.dtype)
 
     def views(self, array):
         """Return the parts of a flat array that belong to the parameters, in their order and shapes."""
@@ -260,14 +295,24 @@ class FlatParameters:
     def check(self):
         """Raise if a parameter no longer lives here: a step would move a copy that nobody reads."""
         for i, (p, data, grad) in enumerate(zip(self.params, self.data_views, self.grad_views, strict=True)):
-            if p.data is not data or p.grad is not grad:
+            name = f"params[{i}], of shape {data.shape},"
+            if p.data is not data and p.grad is not grad:
                 raise RuntimeError(
-                    f"{self.owner}: params[{i}], of shape {tuple(p.data.shape)}, was moved, cast or given to another "
-                    "optimizer after this one was made: make the optimizer after model.to, and one for each parameter"
+                    f"{self.owner}: {name} was moved, cast or given to another optimizer after this one was made: make "
+                    "the optimizer after model.to, and one for each parameter"
                 )
+            if p.grad is not grad:
+                raise RuntimeError(
+                    f"{self.owner}: the grad of {name} was replaced: add into it in place, w.grad += g or "
+                    "w.grad[...] = g"
+                )
+            if p.data is not data:
+                raise RuntimeError(f"{self.owner}: the data of {name} was replaced: write into it, w.data[...] = x")
 
 
 def _checked_list(optimizer, params):
+    if isinstance(params, Parameter) or not isinstance(params, Iterable):
+        raise TypeError(f"{optimizer}: params must be a list, as model.parameters() is, got {type(params).__name__}")
     params = list(params)
     if not params:
         raise ValueError(f"{optimizer}: params is empty, there is nothing to train")
@@ -277,11 +322,18 @@ def _checked_list(optimizer, params):
     return params
 
 
+def _check_number(optimizer, name, value):
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{optimizer}: {name} must be a number, got {value!r}")
+
+
 def _check_range(optimizer, name, value, least, below):
+    _check_number(optimizer, name, value)
     if not least <= value < below:
         raise ValueError(f"{optimizer}: {name} must be at least {least} and below {below}, got {value}")
 
 
 def _check_above_0(optimizer, name, value):
+    _check_number(optimizer, name, value)
     if not value > 0:
         raise ValueError(f"{optimizer}: {name} must be above 0, got {value}")

@@ -1,6 +1,12 @@
-"""Pictures of a run, drawn with matplotlib where it is installed: pip install -e ".[plot]"."""
+"""Pictures of a run, drawn with matplotlib where it is installed: pip install -e ".[plot]".
 
+They go straight into files: there is no window, and none of matplotlib's backends is needed.
+"""
+
+import contextlib
 import math
+import os
+import sys
 
 
 def plot_curves(history, path):
@@ -13,11 +19,10 @@ def plot_curves(history, path):
     figure = figure_class(figsize=(9, 3.5), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for part, color in (("train", "tab:blue"), ("validation", "tab:orange")):
+        for part, label, color in (("train", "training", "tab:blue"), ("validation", "validation", "tab:orange")):
             values = [row[f"{part}_{quantity}"] for row in history]
             if None in values:
                 continue
-            label = {"train": "training"}.get(part, part)
             axes.plot(epochs, values, "o-", ms=3, color=color, label=label)
         axes.set(xlabel="epoch", title=quantity)
         axes.grid(alpha=0.3)
@@ -58,6 +63,28 @@ def plot_runs(values, title, path):
 
 
 def _figure_class():
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    """Import matplotlib's Figure, without pyplot and its global state, whatever MPLBACKEND says.
+
+    Why         A notebook exports MPLBACKEND to what it starts, and `import matplotlib` raises a ValueError where that
+                backend is not installed. So the import does not see it, and it is chosen afterwards if it can be, for
+                whoever draws on the screen in the same process.
+    """
+    if "matplotlib" not in sys.modules:
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            import matplotlib
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            raise ModuleNotFoundError(
+                'pictures need matplotlib: pip install -e ".[plot]"', name="matplotlib"
+            ) from error
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+        if backend:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+    from matplotlib.figure import Figure
 
     return Figure

@@ -12,6 +12,9 @@ Source      He, Zhang, Ren and Sun 2016, "Deep residual learning for image recog
             Network Design", for the numbers of blocks
 """
 
+import numbers
+from collections.abc import Iterable
+
 import numpy as np
 
 from minires.kernels import kernels_for
@@ -25,12 +28,13 @@ class BasicBlock(Module):
     Where the block changes the shape, the input is brought to the new one by a 1x1 convolution with BatchNorm, the
     projection of the paper's option B.
 
-    Backward    dx = dF + dout, where dout is the gradient of the sum, and dF what F's backward makes of it
+    Backward    dx = dF + dout, where dout is the gradient of the sum, and dF what F's backward makes of it; with a
+                projection, what its backward makes of dout takes the place of dout
 
     Why         x influences the loss in two ways, through F and through the shortcut, which carries dout as it is. So
-                through any number of blocks there is a way back from the loss on which no weight scales the gradient
-                (the ReLUs between blocks only set some of it to 0), and deep networks train. Without the shortcut,
-                every block on the way multiplies the gradient by its weights.
+                through any number of blocks of one shape there is a way back from the loss on which no weight scales
+                the gradient (the ReLUs between blocks only set some of it to 0), and deep networks train. Without the
+                shortcut, every block on the way multiplies the gradient by its weights.
 
     Shapes      x (N, H, W, in_channels)  ->  out (N, H / stride, W / stride, out_channels), rounded up
     Args        shortcut: False leaves it out, which gives the plain network that the paper compares with;
@@ -74,7 +78,7 @@ class ResNet(Sequential):
     Args        blocks: how many in each stage; channels: of each stage; dropout: p before the last layer; shortcut:
                 False for the plain network; seed: for the initial weights and the dropout masks; batch_norm: False
                 for a network that only adds biases where it would normalise
-    Raises      ValueError for blocks and channels that do not pair up
+    Raises      ValueError for blocks and channels that do not pair up; TypeError for what are no lists
     """
 
     def __init__(
@@ -87,7 +91,12 @@ class ResNet(Sequential):
         seed=0,
         batch_norm=True,
     ):
+        for name, value in (("blocks", blocks), ("channels", channels)):
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise TypeError(f"ResNet: {name} must be a list, a number for each stage, got {value!r}")
         blocks, channels = tuple(blocks), tuple(channels)
+        if not all(isinstance(count, numbers.Integral) for count in blocks):
+            raise TypeError(f"ResNet: blocks must be integers, got {blocks}")
         if len(blocks) != len(channels) or not blocks or min(blocks) < 1:
             raise ValueError(
                 f"ResNet expects one number of blocks, at least 1, for each number of channels, got blocks={blocks} "

@@ -11,6 +11,8 @@ Source      Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 
             10 rounds, its constants and its known-answer vectors (which the tests check)
 """
 
+import numbers
+
 from minires.backend import array_module
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -53,8 +55,13 @@ def words_of(elements, key, step, stream=0):
     """Draw four random 32-bit words for each of the elements, which are given by their indices, in any order.
 
     Shapes      elements (N,) uint64, below 2**32  ->  (N, 4), uint32
+    Raises      ValueError for a key that is no integer of 64 bits
     """
     xp = array_module(elements)
+    if not isinstance(key, numbers.Integral) or not 0 <= key < 2**64:
+        raise ValueError(f"the key of random numbers, a seed, must be an integer from 0 to 2**64 - 1, got {key!r}")
+    key = int(key)  # of NumPy's, the small ones cannot hold a word, and the others do not mix with uint64
+    step = int(step) if isinstance(step, numbers.Integral) else step
     words = (xp.asarray(word, dtype=xp.uint64) for word in (stream, step & WORD, step >> 32))
     counter = (elements, *(xp.broadcast_to(word, elements.shape) for word in words))
     return xp.stack(philox(counter, key), axis=1).astype(xp.uint32)

@@ -58,7 +58,7 @@ def trivial_augment(images, key, epoch, start=0):
     """
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != "uint8":
         raise ValueError(f"trivial_augment expects images (N, H, W, 3) of uint8, got {images.shape} of {images.dtype}")
-    if not len(images):
+    if not images.size:
         return images
     xp = array_module(images)
     words = random_words(len(images), key, epoch, STREAM, xp=xp, start=start)

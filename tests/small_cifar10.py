@@ -13,7 +13,7 @@ import tracemalloc
 
 import numpy as np
 
-from minires import cifar10_files
+from minires.cifar10 import files as cifar10_files
 
 RECORDS = 2
 
@@ -22,7 +22,7 @@ def batches(seed=0):
     """Return six binary files, by name."""
     rng = np.random.default_rng(seed)
     files = {}
-    for name in cifar10_files.SHA256:
+    for name in cifar10_files.OFFICIAL:
         records = rng.integers(0, 256, (RECORDS, 3073), dtype=np.uint8)
         records[:, 0] %= 10
         files[name] = records.tobytes()
@@ -83,11 +83,10 @@ def archives(files):
 
 
 def constants(files, packed):
-    """Return what cifar10_files would hold if CIFAR-10 were these files."""
+    """Return what minires.cifar10.files would hold if CIFAR-10 were these files."""
     return {
-        "RECORDS": RECORDS,
         "SPACE": 100_000,
-        "SHA256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "OFFICIAL": {name: (RECORDS, hashlib.sha256(content).hexdigest()) for name, content in files.items()},
         "ARCHIVES": {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in packed.items()},
     }
 
@@ -300,3 +299,7 @@ def too_much_of_the_rest(handler, body):
 def too_much(handler, body):
     handler.head(200)
     handler.wfile.write(body + b"and more")
+
+
+def too_much_of_another_file(handler, body):
+    too_much(handler, bytes(len(body)))

@@ -147,6 +147,12 @@ def test_normalize_by_hand():
     np.testing.assert_array_equal(half, out.astype(np.float16))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "bool"])
+def test_normalize_takes_bytes_alone(images, dtype):
+    with pytest.raises(ValueError, match=f"^normalize expects images of uint8, values 0 to 255, got {dtype}$"):
+        normalize((images / 255).astype(dtype), MEAN, STD)
+
+
 def test_the_color_of_a_cutout_is_the_mean():
     assert tuple(round(255 * mean) for mean in MEAN) == MEAN_COLOR
 
@@ -164,3 +170,38 @@ def test_the_same_bits_on_a_device(images, strict_gpu):
         augmented(strict_gpu.asarray(images[:500]), strict_gpu.asarray(index)),
     )
     np.testing.assert_array_equal(strict_gpu.asnumpy(device), host)
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda x: random_crop(x, 1, 1),
+        lambda x: random_flip(x, 1, 1),
+        lambda x: alternating_flip(x, np.arange(len(x)), 1, 1),
+        lambda x: cutout(x, 1, 1),
+        lambda x: normalize(x, MEAN, STD),
+    ],
+)
+def test_a_single_image_is_not_taken_for_many(images, augment):
+    with pytest.raises(ValueError, match=r"expects images \(N, H, W, C\), got \(\d+, \d+, 3\)"):
+        augment(images[0])
+    with pytest.raises(ValueError, match=r"expects images \(N, H, W, C\), got a list"):
+        augment([images[0]])
+
+
+@pytest.mark.parametrize(("mean", "std"), [(MEAN, (1, 0, 1)), (MEAN[:1], STD[:1]), (MEAN, STD[:2])])
+def test_a_mean_or_deviation_that_does_not_fit_is_named(images, mean, std):
+    with pytest.raises(ValueError, match=r"normalize expects a mean and a deviation above 0 for each channel of \("):
+        normalize(images, mean, std)
+    with pytest.raises(ValueError, match="for each channel of"):  # one channel would become three
+        normalize(images[..., :1], MEAN, STD)
+
+
+def test_settings_in_numpys_integers_are_those_in_pythons(images):
+    np.testing.assert_array_equal(
+        random_crop(images[:9], 1, 1, 0, np.uint8(200)), random_crop(images[:9], 1, 1, 0, 200)
+    )
+    np.testing.assert_array_equal(cutout(images, 1, 1, size=np.int8(8)), cutout(images, 1, 1, size=8))
+    np.testing.assert_array_equal(
+        alternating_flip(images, list(range(len(images))), 1, 1), alternating_flip(images, np.arange(len(images)), 1, 1)
+    )

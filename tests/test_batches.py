@@ -1,5 +1,6 @@
 """The batches of an epoch: every image once, the draws of its position, however the epoch is cut."""
 
+import pickle
 import threading
 
 import numpy as np
@@ -100,3 +101,27 @@ def test_what_does_not_fit_together_is_named():
         Batches(DATA.train_images, DATA.train_labels[:-1], ORDER, 20)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         Batches(DATA.train_images, DATA.train_labels, ORDER, 0)
+
+
+def test_lists_and_sizes_that_are_no_integers_are_named():
+    images, labels, order = np.zeros((4, 2, 2, 3)), np.arange(4), np.arange(4)
+    for name, arguments in (
+        ("images", (images.tolist(), labels, order)),
+        ("labels", (images, labels.tolist(), order)),
+        ("order", (images, labels, order.tolist())),
+    ):
+        with pytest.raises(TypeError, match=f"Batches: {name} expects an array, got a list"):
+            Batches(*arguments, batch_size=2)
+    for size in (2.0, None):
+        with pytest.raises(TypeError, match=f"Batches: batch_size must be an integer, got {size}"):
+            Batches(images, labels, order, size)
+
+
+def test_no_batches_are_left_when_more_are_skipped_than_there_are():
+    batches = Batches(np.zeros((4, 2)), np.arange(4), np.arange(4), 2).skip(9)
+    assert (len(batches), list(batches)) == (0, [])
+
+
+def test_batches_can_be_sent_to_another_process():
+    batches = pickle.loads(pickle.dumps(Batches(np.arange(4), np.arange(4), np.arange(4), 2)))
+    assert [labels.tolist() for _, labels in batches] == [[0, 1], [2, 3]]

@@ -196,3 +196,8 @@ def test_numbers_that_numpy_does_not_have_are_named(tmp_path, name, bits):
     (tmp_path / "w").write_bytes(len(header).to_bytes(8, "little") + header + bytes(bits // 2))
     with pytest.raises(CheckpointError, match=r"holds numbers that NumPy cannot read .*: save it in float32"):
         load_model(tmp_path / "w")
+
+
+def test_what_is_no_path_is_not_taken_for_a_file_of_other_numbers():
+    with pytest.raises(TypeError, match=r"os\.PathLike object, not NoneType"):
+        load_model(None)

@@ -19,7 +19,7 @@ from minires.training import CheckpointError, checkpoint, load_model, save_weigh
 from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
 from minires.training.storage import PART
 
-MUTATIONS = 10_000
+MUTATIONS = int(os.environ.get("MINIRES_TEST_MUTATIONS", "2000"))
 
 
 def numbered(number):
@@ -108,6 +108,7 @@ def run_folders(tmp_path):
         yield name, folder, 2 if name == "two" else 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_each_system_call_of_a_save(tmp_path, monkeypatch):
     calls = number_of_calls(tmp_path, monkeypatch)
@@ -148,6 +149,47 @@ def test_an_error_at_each_system_call_of_a_save(tmp_path, monkeypatch, number):
             loaded = load_quietly(folder)
             assert same(loaded, before) or same(loaded, 3), f"{name}, error at call {at}"
             assert not list(folder.glob(f"*{PART}"))
+
+
+def test_weights_are_there_after_an_error_at_any_system_call(tmp_path, monkeypatch):
+    """Before a file of weights there is none that could stand in for it: the old one or the new one is there, whole."""
+    old, new = (ResNet((1,), (2,), seed=seed) for seed in (1, 2))
+    states, path, at, failed = [old.state_dict(), new.state_dict()], tmp_path / "best.safetensors", 0, True
+
+    def fault():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    while failed:
+        save_weights(path, old)
+        with monkeypatch.context() as patch:
+            Faults(patch, at, fault)
+            try:
+                save_weights(path, new)
+                failed = False
+            except OSError:
+                at += 1
+        assert path.exists(), f"no weights after an error at call {at}"
+        loaded = load_model(path)[0].state_dict()
+        assert any(same_arrays(loaded, state) for state in states)
+    assert at > 10
+    assert same_arrays(loaded, states[1])
+
+
+def test_the_disk_has_a_file_before_the_file_has_its_name(tmp_path, monkeypatch):
+    """Otherwise a machine that loses its power could leave a name with nothing behind it."""
+    save(tmp_path, 1)
+    faults = Faults(monkeypatch, None, None)
+    save(tmp_path, 2)
+    order = [name for name in faults.names if name != "write"]
+    assert order == [
+        "create",
+        "fsync",
+        "replace",
+        "replace",
+        "open",
+        "fsync",
+        "close",
+    ]  # the folder last, with the names
 
 
 def test_a_file_system_that_ends_at_each_byte(tmp_path):
@@ -236,6 +278,7 @@ def outcome(load, path, data):
     return text
 
 
+@pytest.mark.slow
 def test_each_byte_of_a_checkpoint_flipped(tmp_path):
     save(tmp_path, 1)
     data = (tmp_path / CHECKPOINT).read_bytes()
@@ -249,6 +292,7 @@ def test_each_byte_of_a_checkpoint_flipped(tmp_path):
     assert refused > 0.95 * 4 * len(data)  # what is not, is space between the header's words
 
 
+@pytest.mark.slow
 def test_each_byte_of_a_model_flipped(tmp_path):
     path = tmp_path / "model"
     model = ResNet((1,), (1,), num_classes=2)
@@ -294,7 +338,8 @@ def mutated(data, rng):
     return bytes(data)
 
 
-def test_ten_thousand_mutations_of_a_checkpoint(tmp_path, rng):
+@pytest.mark.slow
+def test_thousands_of_mutations_of_a_checkpoint(tmp_path, rng):
     save(tmp_path, 1)
     data = (tmp_path / CHECKPOINT).read_bytes()
     for i in range(MUTATIONS):

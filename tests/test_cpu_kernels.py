@@ -8,6 +8,7 @@ import concurrent.futures
 import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -388,8 +389,9 @@ def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, value):
     threads.set_num_threads(None)
     with pytest.raises(ValueError, match=f"MINIRES_NUM_THREADS must be an integer of at least 1, got '{value}'"):
         threads.num_threads()
-    with pytest.raises(ValueError, match="must be an integer of at least 1, got 0"):
-        threads.set_num_threads(0)
+    for number in (0, 2.5, np.float32(2.5)):
+        with pytest.raises(ValueError, match=f"must be an integer of at least 1, got {re.escape(repr(number))}"):
+            threads.set_num_threads(number)
 
 
 @pytest.mark.parametrize(
@@ -479,3 +481,22 @@ def test_a_forked_process_can_compute():
         "os._exit(0) if pid == 0 else os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 301, 303, 3), (7, 101, 103, 2), (70_001, 1)])
+def test_rows_that_cannot_be_folded_are_added_up_without_losing_digits(shape):
+    """A float32 sum over a hundred thousand rows has lost three digits, and left a constant a variance below 0."""
+    x = np.full(shape, 0.1, np.float32)
+    M = x.size // shape[-1]
+    np.testing.assert_allclose(cpu.sum_over_rows(x), [M * np.float64(np.float32(0.1))] * shape[-1], rtol=2e-6)
+    mean, var = cpu.batch_norm_statistics(x)
+    np.testing.assert_array_equal(mean, np.float32([0.1] * shape[-1]))
+    np.testing.assert_array_equal(var, [0] * shape[-1])
+
+
+def test_a_variance_over_rows_that_cannot_be_folded(rng):
+    x = (5 + 3 * rng.standard_normal((1, 301, 303, 3))).astype(np.float32)
+    mean, var = cpu.batch_norm_statistics(x)
+    rows = x.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(mean, rows.mean(axis=0), rtol=3e-7)
+    np.testing.assert_allclose(var, rows.var(axis=0), rtol=3e-7)

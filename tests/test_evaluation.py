@@ -7,7 +7,7 @@ from minires import ResNet, Sequential
 from minires.augment import normalize
 from minires.cifar10 import MEAN, STD, load_sample
 from minires.evaluation import confusion_matrix, evaluate, measure_statistics, predict_logits
-from minires.layers import BatchNorm2d, Dropout
+from minires.layers import BatchNorm2d, Dropout, Flatten
 
 
 def test_the_batch_size_does_not_matter_and_the_mode_is_restored():
@@ -103,3 +103,41 @@ def test_images_that_are_none_or_lie_otherwise_are_named():
     with pytest.raises(ValueError, match="expected at least one batch of images, got none"):
         measure_statistics(model, [])
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "message"),
+    [
+        ([3], [12], "predictions that are integers from 0 to 9, got 12 to 12, int64"),
+        ([-1, 1], [1, 1], "labels that are integers from 0 to 9, got -1 to 1, int64"),
+        ([1], [1.7], r"predictions that are integers from 0 to 9, got 1\.7 to 1\.7, float64"),
+        ([1, 2], [1], r"expects \(N,\) twice, got \(2,\) and \(1,\)"),
+    ],
+)
+def test_what_are_no_classes_is_counted_nowhere(labels, predictions, message):
+    """3 taken for 12 would be counted as 4 taken for 2."""
+    with pytest.raises(ValueError, match=message):
+        confusion_matrix(labels, predictions, 10)
+    assert confusion_matrix([], [], 2).sum() == 0
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, None])
+def test_a_batch_size_that_is_none_is_named(batch_size):
+    images = load_sample().test_images[:2]
+    with pytest.raises(ValueError, match=f"batch_size must be an integer of at least 1, got {batch_size}"):
+        predict_logits(ResNet((1,), (4,)), images, MEAN, STD, batch_size=batch_size)
+
+
+def test_images_in_a_list_and_batches_without_images_are_named():
+    model, images = ResNet((1,), (4,)), load_sample().test_images[:2]
+    with pytest.raises(TypeError, match="predict_logits expects an array, got a list"):
+        predict_logits(model, images.tolist(), MEAN, STD)
+    with pytest.raises(ValueError, match=r"measure_statistics: expected images in each batch, got \(0, 32, 32, 3\)"):
+        measure_statistics(model, [normalize(images[:0], MEAN, STD)])
+
+
+def test_a_model_without_parameters_can_be_asked():
+    images = load_sample().test_images[:3]
+    np.testing.assert_array_equal(
+        predict_logits(Flatten(), images, MEAN, STD, batch_size=2), normalize(images, MEAN, STD).reshape(3, -1)
+    )

@@ -57,6 +57,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_folder(small_run):
     folder, out = small_run
     written = {path.name for path in folder.iterdir()}
@@ -77,6 +78,7 @@ def test_a_run_writes_its_folder(small_run):
     assert load_model(folder / "best.safetensors")[1]["epoch"] == result["best_epoch"]
 
 
+@pytest.mark.slow
 def test_a_run_prints_an_aligned_row_for_each_epoch(small_run):
     lines = small_run[1].splitlines()
     header = next(line for line in lines if line.startswith("epoch"))
@@ -86,6 +88,7 @@ def test_a_run_prints_an_aligned_row_for_each_epoch(small_run):
         assert [i for i, c in enumerate(row) if c == "|"] == [i for i, c in enumerate(header) if c == "|"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
     code, _, err = run("train_cifar.py", *LIMITS, "--out", tmp_path / "again")
     assert code == 0, err
@@ -118,6 +121,7 @@ def in_process(monkeypatch, tmp_path):
         yield train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["report", "fast", "best"])
 def test_training_on_the_stand_in_for_a_gpu(strict_gpu, in_process, capsys, recipe):
     with kernels.use("reference"):  # the fast ones would run on the emulator, for minutes
@@ -125,6 +129,7 @@ def test_training_on_the_stand_in_for_a_gpu(strict_gpu, in_process, capsys, reci
     assert "device gpu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fast", "best"])
 def test_each_recipe_from_start_to_end(recipe, tmp_path):
     code, out, err = run("train_cifar.py", *SMALL_RUN, "--recipe", recipe, "--out", tmp_path / "run")
@@ -335,35 +340,6 @@ def test_evaluate_with_mirror_images(checkpoint):
     assert out.startswith(f"500 images, loss {loss:.4f}, accuracy {accuracy:.2%}\n")
 
 
-def test_predict_names_the_three_most_probable_classes(checkpoint, tmp_path):
-    image = pytest.importorskip("PIL.Image").fromarray(load_sample().test_images[0])
-    image.save(tmp_path / "small.png")
-    image.resize((90, 60)).convert("L").save(tmp_path / "grey.jpg")
-    code, out, err = run("predict.py", checkpoint, tmp_path / "small.png", tmp_path / "grey.jpg")
-    assert code == 0, err
-    lines = out.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith(f"{tmp_path / 'small.png'}: ")
-    percentages = [float(part.split()[-1].rstrip("%")) for part in lines[0].split(": ")[1].split(", ")]
-    assert len(percentages) == 3
-    assert percentages == sorted(percentages, reverse=True)
-
-
-def test_pictures_of_every_kind_become_the_pixels_they_show(tmp_path):
-    Image = pytest.importorskip("PIL.Image")
-    from predict import read_image
-
-    grey = np.full((32, 32), 128)
-    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "16 bits.png")
-    Image.fromarray(grey.astype(np.uint8)).convert("P").save(tmp_path / "palette.png")
-    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "transparent.png")
-    Image.fromarray(load_sample().test_images[0]).save(tmp_path / "as it is.png")
-    assert (read_image(tmp_path / "16 bits.png") == 128).all()
-    assert (read_image(tmp_path / "palette.png") == 128).all()
-    assert (read_image(tmp_path / "transparent.png") == 255).all()
-    np.testing.assert_array_equal(read_image(tmp_path / "as it is.png"), load_sample().test_images[0])
-
-
 def test_a_network_with_other_classes_is_refused(tmp_path):
     path = tmp_path / "five.safetensors"
     save_weights(path, ResNet((1,), (8,), num_classes=5))
@@ -402,28 +378,20 @@ def test_logits_that_are_not_finite_are_told_in_one_line(script, tmp_path):
     )
 
 
-def test_a_picture_that_is_none_is_named(checkpoint, tmp_path):
-    pytest.importorskip("PIL.Image")
-    (tmp_path / "note.png").write_text("no picture")
-    code, _, err = run("predict.py", checkpoint, tmp_path / "note.png")
-    assert code == 2
-    assert err.startswith(f"error: {tmp_path / 'note.png'} is no picture that Pillow can read")
-    code, _, err = run("predict.py", checkpoint, tmp_path / "none.png")
-    assert (code, err) == (2, f"error: {tmp_path / 'none.png'} is missing; expected a PNG or JPEG file\n")
-
-
+@pytest.mark.slow
 def test_gradcheck_prints_a_row_for_every_layer_and_the_network():
     code, out, err = run("gradcheck.py")
     assert code == 0, err
     lines = out.splitlines()
-    assert len(lines) == 15
+    assert len(lines) == 18
     assert lines[-1].startswith("ResNet, 4,977,226 parameters")
     for line in lines[1:]:
         assert float(line.split()[-2]) < 1e-6
 
 
 def test_the_picture_of_the_augmentations_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
     code, _, err = run("augmentations.py", "--out", tmp_path / "picture.png", pictures=True)
     assert code == 0, err
     assert 20_000 < (tmp_path / "picture.png").stat().st_size < 150_000
@@ -466,6 +434,7 @@ SMALL_STUDY = [*SMALL_RUN, "--epochs", "1", "--batch-size", "10", "--limit-batch
 PARAMETERS = {blocks: ResNet(blocks, CHANNELS).num_parameters() for blocks in ((2, 1, 1, 1), (1, 1, 1, 1))}
 
 
+@pytest.mark.slow
 def test_an_ablation_makes_a_table_and_goes_on_where_it_was_stopped(tmp_path):
     study = [*SMALL_STUDY, "--variants", "report", "blocks 1 1 1 1", "--out", tmp_path / "study"]
     code, out, err = run("ablation.py", *study, "--seeds", 1)
@@ -524,6 +493,7 @@ def test_an_ablation_makes_a_table_and_goes_on_where_it_was_stopped(tmp_path):
         path.write_text(before)
 
 
+@pytest.mark.slow
 def test_a_study_of_the_recipes_has_their_test_accuracies(tmp_path):
     study = ["--study", "recipes", "--seeds", "1", *SMALL_STUDY, "--out", tmp_path]
     code, _, err = run("ablation.py", *study, pictures=True)
@@ -551,6 +521,7 @@ def table_of(study):
     return (study / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_variant_is_what_it_says_whatever_all_are_given(tmp_path):
     study = ["--study", "fast", *SMALL_STUDY, "--blocks", "1", "1", "1", "1", "--out", tmp_path]
     shared = ["--cutout", "16", "--ema=0.9"]

@@ -194,6 +194,7 @@ LARGE_CONVOLUTIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_convolution(xp, rng, precision):
     dtype = "float16" if precision == "float16" else "float32"
     for N, H, W, C, O, k, stride, padding in CONVOLUTIONS + (LARGE_CONVOLUTIONS if xp is not strict_array else []):
@@ -217,6 +218,7 @@ def test_convolution(xp, rng, precision):
         assert_close(actual, (None, expected[1], None), BOUNDS[precision])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", range(3))
 def test_every_tile_of_the_implicit_convolution(xp, rng, precision, which, monkeypatch):
     if precision == "float32":

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from minires import BatchNorm2d, Conv2d, Linear, Module, check_gradients
+from minires import BatchNorm2d, Conv2d, Linear, Module, ReLU, check_gradients
 
 
 class Square(Module):
@@ -163,3 +163,8 @@ for layer in (Sets(4, 3), NoGradient(4, 3), WritesDout(4, 3)):
     assert lines[0] == "Sets: backward sets the gradient of weight; it should add to it"
     assert lines[1].startswith("NoGradient: the gradient of x is wrong")
     assert lines[2] == "WritesDout: backward changed dout, which belongs to the caller"
+
+
+def test_an_input_without_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"x must hold numbers, got \(0, 3\): there would be nothing to check"):
+        check_gradients(ReLU(), np.zeros((0, 3)))

@@ -179,6 +179,7 @@ def test_a_seed_fixes_the_initial_weights():
         (Linear(5, 3), np.zeros((4, 6), np.float32), r"Linear expects \(N, 5\), got \(4, 6\)"),
         (Linear(5, 3), np.zeros((4, 5)), "Linear has float32 parameters, got an input of float64"),
         (GlobalAvgPool2d(), np.zeros((4, 6)), r"expects \(N, H, W, C\), got \(4, 6\)"),
+        (GlobalAvgPool2d(), np.zeros((2, 0, 8, 3)), r"expects \(N, H, W, C\), got \(2, 0, 8, 3\)"),
         (MaxPool2d(2), np.zeros((4, 6)), r"MaxPool2d expects \(N, H, W, C\), got \(4, 6\)"),
         (MaxPool2d(3), np.zeros((1, 9, 2, 3)), r"MaxPool2d: with padding 0, a window of 3 does not fit into \(1, 9, 2"),
         (BatchNorm2d(3), np.zeros((4, 3, 8, 8)), r"images \(N, H, W, 3\), channels last, got \(4, 3, 8, 8\)"),
@@ -271,3 +272,31 @@ def test_the_average_of_a_large_constant_image_is_that_constant(size):
 def test_a_constant_channel_is_normalised_to_0(shape, value):
     out = BatchNorm2d(shape[-1])(np.full(shape, value, np.float32))
     assert abs(out).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint64])
+def test_sizes_in_numpys_integers_are_those_in_pythons(rng, dtype):
+    """In uint8, 3 * 3 * 100 channels and the 4,000 numbers of a channel would wrap round."""
+    x = rng.standard_normal((40, 20, 20, 100)).astype(np.float32)
+    one = dtype(1)
+    for make in (
+        lambda n: Conv2d(100 * n, 3 * n, 3 * n, stride=2 * n, padding=70 * n, rng=0),
+        lambda n: BatchNorm2d(100 * n),
+        lambda n: MaxPool2d(2 * n),
+    ):
+        np.testing.assert_array_equal(make(one)(x), make(1)(x))
+    assert Linear(100 * one, 100 * one, rng=0)(x[0, 0]).shape == (20, 100)
+    assert Bias2d(100 * one)(x).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BatchNorm2d(3, momentum=None), "BatchNorm2d: momentum must be a number, got None"),
+        (lambda: BatchNorm2d(3, eps="1e-5"), "BatchNorm2d: eps must be a number, got '1e-5'"),
+        (lambda: Dropout(None), "Dropout: p must be a number, got None"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

@@ -80,3 +80,14 @@ def test_label_smoothing_outside_its_range_is_refused():
 def test_a_batch_without_images_is_named():
     with pytest.raises(ValueError, match=r"expects at least one image, got logits \(0, 10\)"):
         SoftmaxCrossEntropy()(np.zeros((0, 10), np.float32), np.zeros(0, int))
+
+
+@pytest.mark.parametrize("smoothing", [None, "0.1"])
+def test_a_smoothing_that_is_no_number_is_named(smoothing):
+    with pytest.raises(TypeError, match=f"label_smoothing must be a number, got {smoothing!r}"):
+        SoftmaxCrossEntropy(smoothing)
+
+
+def test_logits_in_a_list_are_named():
+    with pytest.raises(TypeError, match="SoftmaxCrossEntropy expects an array, got a list"):
+        SoftmaxCrossEntropy()([[1.0, 2.0]], np.array([0]))

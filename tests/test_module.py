@@ -1,5 +1,8 @@
 """The contract of a module: names, modes, state, and a backward that needs its forward."""
 
+import collections
+import pickle
+
 import numpy as np
 import pytest
 
@@ -259,3 +262,57 @@ def test_a_state_of_what_are_no_real_numbers_changes_nothing(array):
         model.load_state_dict({"weight": np.zeros((3, 2)), "bias": array})
     for name, kept in model.state_dict().items():
         np.testing.assert_array_equal(kept, before[name])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", "bool", "longdouble"])
+def test_parameters_are_no_integers(dtype):
+    with pytest.raises(ValueError, match=f"parameters are float32 or float64, got {np.dtype(dtype)}"):
+        Linear(3, 2).to(dtype=dtype)
+
+
+@pytest.mark.parametrize("x", [[[1.0, 2.0]], 1.0, None, memoryview(b"12")])
+def test_what_is_no_array_is_named_in_forward_and_backward(x):
+    message = rf"expects an array, got a {type(x).__name__}: np\.array makes one"
+    layer = ReLU()
+    with pytest.raises(TypeError, match=f"^ReLU {message}"):
+        layer(x)
+    layer(np.ones((1, 2)))
+    with pytest.raises(TypeError, match=rf"^ReLU\.backward {message}"):
+        layer.backward(x)
+
+
+def test_a_state_whose_numbers_are_too_large_changes_nothing():
+    model = Linear(2, 3, rng=0)
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"bias holds 1e\+300, too large for float32"):
+        model.load_state_dict({"weight": np.zeros((3, 2)), "bias": np.array([0, -1e300, 0])})
+    for name, kept in model.state_dict().items():
+        np.testing.assert_array_equal(kept, before[name])
+    model.load_state_dict({"weight": np.zeros((3, 2)), "bias": np.array([0, np.inf, np.nan])})  # as they were saved
+    assert model.bias.data[1] == np.inf
+
+
+@pytest.mark.parametrize("state", [None, "best.safetensors", ({}, {})])
+def test_what_is_no_state_is_named(state):
+    with pytest.raises(TypeError, match=f"expects a dict of arrays by name, got a {type(state).__name__}"):
+        Linear(2, 3).load_state_dict(state)
+
+
+def test_layers_in_a_deque_count_and_in_a_set_are_refused():
+    class Network(Module):
+        def __init__(self, parts):
+            self.parts = parts
+
+    layers = [Linear(2, 3, rng=0), Linear(3, 1, rng=0)]
+    assert Network(collections.deque(layers)).num_parameters() == 13
+    for parts in (set(layers), frozenset(layers), [{"a": set(layers)}]):
+        with pytest.raises(TypeError, match=r"parts.* is a set, whose modules or parameters have no order: make it"):
+            Network(parts).parameters()
+    assert Network({"a name", 1}).parameters() == []
+
+
+def test_a_module_that_was_pickled_still_says_that_it_was_used_twice():
+    layer, x = ReLU(), np.ones((2, 3))
+    layer.backward(layer(x))
+    with pytest.raises(RuntimeError, match=r"ReLU\.backward: called twice after one forward"):
+        pickle.loads(pickle.dumps(layer)).backward(x)

@@ -1,6 +1,8 @@
 """The optimizers against scalars computed by hand."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -255,6 +257,8 @@ def test_parameters_that_cannot_share_an_array_are_refused():
         (lambda p: Adam([p], lr=float("nan")), "Adam: lr must be .* got nan"),
         (lambda p: Adam([p], eps=0.0), r"Adam: eps must be above 0, got 0.0"),
         (lambda p: SGD([p], lr=1, max_norm=0), r"SGD: max_norm must be above 0, got 0"),
+        (lambda p: SGD([p], lr=math.inf), r"SGD: lr must be at least 0 and below inf, got inf"),
+        (lambda p: Adam([p], eps=float("nan")), r"Adam: eps must be above 0, got nan"),
         (lambda p: Adam([]), "Adam: params is empty"),
     ],
 )
@@ -263,9 +267,79 @@ def test_values_outside_their_range_are_named(make, message):
         make(parameter(1.0))
 
 
-def test_arrays_and_names_are_no_parameters():
-    with pytest.raises(TypeError, match=r"Adam: params must be Parameters, as in model\.parameters\(\), got ndarray"):
-        Adam([np.zeros(3)])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: SGD([p], lr=None), "SGD: lr must be a number, got None"),
+        (lambda p: SGD([p], lr=1, momentum=None), "SGD: momentum must be a number, got None"),
+        (lambda p: SGD([p], lr=1, weight_decay="0.1"), "SGD: weight_decay must be a number, got '0.1'"),
+        (lambda p: SGD([p], lr=1, max_norm=None), "SGD: max_norm must be a number, got None"),
+        (lambda p: Adam([p], lr=[0.1]), r"Adam: lr must be a number, got \[0.1\]"),
+        (lambda p: Adam([p], eps=None), "Adam: eps must be a number, got None"),
+        (lambda p: Adam([p], betas=0.9), "Adam: betas must be two numbers, got 0.9"),
+        (lambda p: Adam([p], betas=(0.9,)), r"Adam: betas must be two numbers, got \(0.9,\)"),
+        (lambda p: Adam([p], betas=(0.9, None)), r"Adam: betas\[1\] must be a number, got None"),
+        (lambda p: WeightAverage(SGD([p], lr=1), None), "WeightAverage: decay must be a number, got None"),
+        (lambda p: Adam([np.zeros(3)]), r"Adam: params must be Parameters, as in model\.parameters\(\), got ndarray"),
+        (lambda p: Adam(p), r"Adam: params must be a list, as model\.parameters\(\) is, got Parameter"),
+        (lambda p: SGD(None, lr=1), r"SGD: params must be a list, as model\.parameters\(\) is, got NoneType"),
+    ],
+)
+def test_what_is_no_number_and_no_parameter_is_named(make, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        make(parameter(1.0))
+
+
+@pytest.mark.parametrize("lr", [1, np.float32(0.5), np.int64(1), np.float64(0.5)])
+def test_numbers_of_numpy_are_numbers(lr):
+    p = parameter(2.0, np.float32)
+    p.grad[:] = 1.0
+    SGD([p], lr=lr, momentum=np.float32(0.5)).step()
+    assert p.data.dtype == np.float32
+    assert p.data[0] == 2 - lr
+
+
+def test_an_eps_that_is_0_in_the_dtype_of_the_parameters_is_refused():
+    with pytest.raises(
+        ValueError, match="Adam: eps must be above 0 in the float32 of the parameters, where 1e-46 is 0"
+    ):
+        Adam([parameter(1.0, np.float32)], eps=1e-46)
+    for dtype, eps in ((np.float32, 1e-44), (np.float64, 1e-46)):
+        p = parameter(1.0, dtype)
+        Adam([p], eps=eps).step()  # a gradient of 0
+        assert p.data[0] == 1
+
+
+def replace_grad(w):
+    w.grad = w.grad + 1
+
+
+def lose_grad(w):
+    w.grad = None
+
+
+def replace_data(w):
+    w.data = w.data - 1
+
+
+@pytest.mark.parametrize("method", ["step", "zero_grad"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            replace_grad,
+            r"the grad of params\[1\], .* was replaced: add into it in place, w\.grad \+= g or w\.grad\[\.\.\.\] = g",
+        ),
+        (lose_grad, r"the grad of params\[1\], .* was replaced: add into it in place"),
+        (replace_data, r"the data of params\[1\], of shape \(2,\), was replaced: write into it, w\.data\[\.\.\.\] = x"),
+    ],
+)
+def test_an_array_that_was_replaced_is_told_from_a_parameter_that_was_moved(rng, change, message, method):
+    model = Linear(3, 2, rng=rng)
+    optimizer = SGD(model.parameters(), lr=1.0)
+    change(model.bias)
+    with pytest.raises(RuntimeError, match="SGD: " + message):
+        getattr(optimizer, method)()
 
 
 def test_an_average_of_three_steps_by_hand():
@@ -275,14 +349,14 @@ def test_an_average_of_three_steps_by_hand():
     p.grad[:] = 11.0
     optimizer.step()
     average.update()
-    np.testing.assert_allclose(average.average[0], 2 / 11 * 8 + 9 / 11 * -3)  # -1
+    np.testing.assert_allclose(average.state()["average"][0], 2 / 11 * 8 + 9 / 11 * -3)  # -1
     optimizer.step()
     average.update()
-    np.testing.assert_allclose(average.average[0], 0.2 * -1 + 0.8 * -14)  # -11.4
+    np.testing.assert_allclose(average.state()["average"][0], 0.2 * -1 + 0.8 * -14)  # -11.4
     average.swap()
-    np.testing.assert_allclose([p.data[0], average.average[0][0]], [-11.4, -14])
+    np.testing.assert_allclose([p.data[0], average.state()["average"][0][0]], [-11.4, -14])
     average.swap()
-    np.testing.assert_allclose([p.data[0], average.average[0][0]], [-14, -11.4])
+    np.testing.assert_allclose([p.data[0], average.state()["average"][0][0]], [-14, -11.4])
 
 
 def test_an_average_of_several_parameters(rng):
@@ -308,3 +382,82 @@ def test_an_average_refuses_a_decay_that_never_forgets_and_weights_that_went_els
     SGD([p], lr=1.0)
     with pytest.raises(RuntimeError, match="was moved, cast or given to another optimizer"):
         average.swap()
+
+
+def forward_and_backward(model, optimizer, x):
+    optimizer.zero_grad()
+    model.backward(model(x) - 1)
+
+
+COPY = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda things: pickle.loads(pickle.dumps(things)),
+    "deepcopy, the optimizer first": lambda things: copy.deepcopy(things[::-1])[::-1],
+    "pickle, the optimizer first": lambda things: pickle.loads(pickle.dumps(things[::-1]))[::-1],
+}
+
+
+@pytest.mark.parametrize("copied", COPY.values(), ids=COPY)
+@each_optimizer
+def test_a_copy_of_model_optimizer_and_average_trains_on_with_the_same_bits(make, copied, rng):
+    model, x = Linear(3, 2, rng=rng), rng.standard_normal((5, 3)).astype(np.float32)
+    optimizer = make(model.parameters())
+    things = model, optimizer, WeightAverage(optimizer, 0.9)
+
+    def train(model, optimizer, average):
+        forward_and_backward(model, optimizer, x)
+        optimizer.step()
+        average.update()
+
+    train(*things)
+    before = model.state_dict()
+    others = copied(things)
+    for _ in range(2):
+        train(*others)
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])  # what the copy does does not reach the original
+    for _ in range(2):
+        train(*things)
+    other, its_optimizer, its_average = others
+    for name, array in model.state_dict().items():
+        assert (array != before[name]).all()
+        np.testing.assert_array_equal(other.state_dict()[name], array)
+    for ours, theirs in ((optimizer, its_optimizer), (things[2], its_average)):
+        for name, arrays in ours.state().items():
+            for array, its_array in zip(arrays, theirs.state()[name], strict=True):
+                np.testing.assert_array_equal(its_array, array)
+    assert its_average.flat is its_optimizer.flat
+    for p, q in zip(other.parameters(), its_optimizer.params, strict=True):
+        assert p is q
+        assert np.shares_memory(p.data, its_optimizer.flat.data)
+        assert np.shares_memory(p.grad, its_optimizer.flat.grad)
+        assert not np.shares_memory(p.data, optimizer.flat.data)
+
+
+@each_optimizer
+def test_a_copy_of_the_optimizer_or_of_the_model_alone_leaves_the_other_where_it_is(make, rng):
+    model, x = Linear(3, 2, rng=rng), rng.standard_normal((5, 3)).astype(np.float32)
+    optimizer = make(model.parameters())
+    forward_and_backward(model, optimizer, x)
+    before = model.state_dict()
+    copy.deepcopy(optimizer).step()
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        p.data += 1
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+    optimizer.step()
+    assert (model.weight.data != before["weight"].T).all()
+
+
+def test_an_optimizer_whose_parameters_went_elsewhere_is_not_copied():
+    p = parameter(1.0)
+    optimizer = SGD([p], lr=1.0)
+    Adam([p])
+    with pytest.raises(RuntimeError, match=r"SGD: params\[0\], of shape \(1,\), was moved, cast or given to another"):
+        copy.deepcopy(optimizer)
+
+
+def test_an_average_of_what_is_no_optimizer_is_named():
+    with pytest.raises(TypeError, match="WeightAverage: expected an optimizer, whose parameters count, got a Linear"):
+        WeightAverage(Linear(2, 2), 0.9)

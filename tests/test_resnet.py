@@ -36,8 +36,9 @@ def test_block_gradients_agree_with_finite_differences(rng, in_channels, stride,
     check_gradients(block, rng.standard_normal((2, 6, 7, in_channels)))
 
 
+@pytest.mark.slow
 def test_network_gradients_agree_with_finite_differences(rng):
-    errors = check_gradients(ResNet(), rng.standard_normal((2, 32, 32, 3)))
+    errors = check_gradients(ResNet(), rng.standard_normal((2, 16, 16, 3)))
     assert len(errors) == 1 + 44  # x, 14 convolutions, 14 times two of BatchNorm, two of linear
 
 
@@ -98,3 +99,17 @@ def test_the_seed_fixes_weights_and_masks(rng):
 def test_blocks_and_channels_have_to_pair_up():
     with pytest.raises(ValueError, match=r"got blocks=\(2, 1\) and channels=\(64, 128, 256, 512\)"):
         ResNet(blocks=(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"blocks": 18}, "blocks must be a list, a number for each stage, got 18"),
+        ({"channels": None}, "channels must be a list, a number for each stage, got None"),
+        ({"blocks": "2111"}, "blocks must be a list, a number for each stage, got '2111'"),
+        ({"blocks": (1.5, 1, 1, 1)}, r"blocks must be integers, got \(1\.5, 1, 1, 1\)"),
+    ],
+)
+def test_blocks_and_channels_that_are_no_lists_are_named(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        ResNet(**arguments)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import stat
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 
 from minires import ResNet, evaluation, kernels
-from minires.training import CheckpointError, Interrupted, UsageError, load_model, output, storage
+from minires.training import CheckpointError, Interrupted, Run, UsageError, load_model, output, storage
 from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
 from minires.training.folder import check_space, locked, new_folder
 from minires.training.script import explain
 from minires.training.signals import interrupts
+from minires.training.weights import save_weights
 
 train_cifar = pytest.importorskip("train_cifar")
 from test_examples import start as start_script  # noqa: E402  (what examples need may be missing)
@@ -142,6 +144,7 @@ def test_stopped_in_any_step(begin, go_on, whole, tmp_path, monkeypatch, capsys,
     assert content(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", ["--full-train", "--no-full-train"])
 def test_stopped_anywhere_with_averaged_weights(train, tmp_path, monkeypatch, full):
     """Momentum, the average and its statistics; the last weights of all images, or the best by validation."""
@@ -169,6 +172,31 @@ def test_a_log_that_is_ahead_of_the_checkpoint_is_set_back(train, tmp_path, monk
     assert (tmp_path / "run" / "log.csv").read_text() == log
 
 
+def test_best_weights_that_are_ahead_of_the_checkpoint_are_set_back(begin, go_on, tmp_path, monkeypatch):
+    def stopped_at(step, run):
+        with monkeypatch.context() as patch:
+            stop_at_step(patch, step)
+            assert run() == 130
+        model, row = load_model(tmp_path / "run" / "best.safetensors")
+        return {name: array.tobytes() for name, array in model.state_dict().items()}, row
+
+    best = stopped_at(STEPS, begin)
+    save_weights(tmp_path / "run" / "best.safetensors", ResNet((1,), (2,)))  # as if killed after another epoch
+    assert stopped_at(STEPS + 1, go_on) == best
+
+
+@pytest.mark.slow
+def test_averaging_and_validating_leave_the_training_as_it_is(train, tmp_path):
+    def training_losses(ema):
+        folder = tmp_path / ema
+        assert train(*FLAGS.split(), "--recipe", "fast", "--no-full-train", "--ema", ema, "--out", folder) == 0
+        with open(folder / "log.csv") as file:
+            return [row["train_loss"] for row in csv.DictReader(file)]
+
+    assert training_losses("0.5") == training_losses("0")
+
+
+@pytest.mark.slow
 def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_and_tested(train, tmp_path, monkeypatch):
     """Three batches give the statistics and one is validated in each epoch; the ninth batch is the test's."""
     flags = [*FLAGS.split(), "--recipe", "fast", "--no-full-train"]
@@ -191,6 +219,7 @@ def test_stopped_while_statistics_are_measured_and_averaged_weights_validated_an
         assert content(tmp_path / f"run {batch}") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step(begin, go_on, whole, tmp_path, monkeypatch):
     for step in range(EPOCHS * STEPS):
         with monkeypatch.context() as patch:
@@ -229,6 +258,7 @@ def test_gone_on_with_another_number_of_threads(begin, go_on, whole, tmp_path, m
     assert content(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu"), ("gpu", "gpu")])
 def test_from_one_device_to_the_other(strict_gpu, train, tmp_path, monkeypatch, capsys, first, second):
     """With the reference kernels, which serve both, the bits are the same."""
@@ -351,9 +381,14 @@ def test_a_changed_version_is_told(stopped, go_on, monkeypatch, capsys):
 
 
 def test_the_seconds_of_a_run_are_those_it_has_computed(stopped, go_on):
-    seconds = load_checkpoint(stopped)[1]["seconds"]
+    state, position = load_checkpoint(stopped)
+    save_checkpoint(stopped, state, position | {"seconds": 5000.0, "epoch_seconds": 4000.0})
     assert go_on() == 0
-    assert json.loads((stopped / "result.json").read_text())["seconds"] >= round(seconds, 1)
+    assert 5000 <= json.loads((stopped / "result.json").read_text())["seconds"] < 5100
+    with open(stopped / "log.csv") as file:
+        first, second = (float(row["seconds"]) for row in csv.DictReader(file))
+    assert 4000 <= first < 4100
+    assert second < 100
 
 
 # What is not finite
@@ -447,6 +482,7 @@ def start(*args, **kwargs):
     return start_script(SCRIPT, *args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_path, number, code):
@@ -466,6 +502,7 @@ def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_pa
     assert "test accuracy" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
     flags = ["--data", "sample", "--device", "cpu", "--batch-size", "60", "--checkpoint-every", "0"]
     process = start(*flags, "--blocks", "1", "1", "1", "1", "--out", tmp_path / "run")
@@ -540,6 +577,7 @@ def test_debug_shows_the_traceback(tmp_path):
 # The output, the disk, the folder
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_checkpoint(tmp_path):
     process = start(*FLAGS.split(), "--epochs", "3", "--out", "run", cwd=tmp_path)
     process.stdout.readline()
@@ -725,6 +763,7 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, train):
 ONE_STEP = [*FLAGS.split(), "--epochs", "1", "--limit-batches", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nosuch"])
 def test_a_backend_of_matplotlib_that_is_not_there_ends_no_run(tmp_path, backend):
     process = start(*ONE_STEP, "--out", tmp_path / "run", env=os.environ | {"MPLBACKEND": backend}, pictures=True)
@@ -742,6 +781,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_ends_no_run(tmp_path, monkey
     assert capsys.readouterr().err == f"no picture {tmp_path / 'curves.png'}: no ink\n"
 
 
+@pytest.mark.slow
 def test_a_process_without_standard_error_trains(tmp_path):
     command = [sys.executable, str(SCRIPT), *ONE_STEP, "--out", str(tmp_path / "run")]
     done = subprocess.run(["sh", "-c", shlex.join(command) + " 2>&-"], stdout=subprocess.PIPE, timeout=100)
@@ -754,6 +794,7 @@ def test_a_signal_to_a_process_without_standard_error_is_written_into_no_file(tm
     code = """
 import os, signal, sys
 from minires.training.signals import interrupts
+from minires.training.weights import save_weights
 sys.stderr = None
 with interrupts() as arrived:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -837,3 +878,42 @@ def test_the_script_finds_its_recipes_wherever_python_looks(tmp_path):
             [*command, *args], cwd=SCRIPT.parent.parent, env=os.environ | env, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", ["~nosuchuser/x", "~nosuchuser"])
+def test_a_home_folder_that_is_unknown_makes_no_folder_of_that_name(text, capsys):
+    with pytest.raises(SystemExit):
+        train_cifar.parse_arguments([f"--out={text}"])
+    assert f"there is no home folder for {text}: name it, or write ./{text}" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_space_is_quoted_where_it_can_be_resumed(tmp_path):
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    (folder / "a").touch()
+    with pytest.raises(UsageError, match=re.escape(f"(--resume '{folder}' resumes a run)")):
+        new_folder(folder)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_folder_that_cannot_be_asked_ends_in_one_line(tmp_path, monkeypatch, number):
+    """Path.exists raises then, and what explains errors asked it once more."""
+
+    def stat(path, *args, **options):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert not Run(tmp_path / "run").resumed
+    path = tmp_path / "run" / "x"
+    assert explain(OSError(number, os.strerror(number), str(path))) == (1, f"{path}: {os.strerror(number)}")
+
+
+def test_a_name_that_is_too_long_is_refused_in_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *ONE_STEP, "--out", tmp_path / ("x" * 300)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*x{300} cannot be made: File name too long; name another folder\n", done.stderr)

@@ -57,3 +57,14 @@ def test_words_are_uniform():
 def test_the_same_bits_on_a_device(strict_gpu):
     device = random_words(10, 5, 6, 7, xp=strict_gpu)
     np.testing.assert_array_equal(strict_gpu.asnumpy(device), random_words(10, 5, 6, 7, xp=np))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, np.int64, np.uint64])
+def test_a_key_and_a_step_in_numpys_integers_draw_the_same(dtype):
+    np.testing.assert_array_equal(random_words(9, dtype(5), dtype(6), xp=np), random_words(9, 5, 6, xp=np))
+
+
+@pytest.mark.parametrize("key", [-1, 2**64, 1.0, None])
+def test_a_seed_that_is_none_is_named(key):
+    with pytest.raises(ValueError, match=rf"a seed, must be an integer from 0 to 2\*\*64 - 1, got {key}"):
+        random_words(3, key, 0, xp=np)

@@ -1,7 +1,11 @@
 """A loop of one's own, with a Run around it, for a network that is no ResNet: counted, kept, stopped and resumed."""
 
+import copy
+import errno
 import json
 import os
+import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 
 from minires import Adam, BatchNorm2d, Conv2d, Dropout, GlobalAvgPool2d, Linear, Sequential, SoftmaxCrossEntropy
-from minires.training import CheckpointError, Interrupted, Run, UsageError, load_weights
+from minires.training import CheckpointError, Interrupted, Run, UsageError, load_weights, storage
 from minires.training import run as run_module
 from minires.training.checkpoint import load_checkpoint
 
@@ -109,6 +113,14 @@ def test_a_run_that_was_begun_otherwise_is_refused(tmp_path):
     train(tmp_path, settings={"lr": 0.1, "note": "b"}, free=["note"])
 
 
+def test_a_run_with_other_batches_than_it_began_with_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop_in(4))
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 2)
+    with pytest.raises(UsageError, match=r"has done 5 steps in 1 epochs and a part, which have not 2 steps each"):
+        train(tmp_path)
+
+
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         train(tmp_path, stop_in(1))
@@ -160,3 +172,70 @@ train("run", stop_in(2))
     assert done.returncode == 143
     assert "Traceback" not in done.stderr
     assert "interrupted in epoch 1, after step 3 of 6; to resume:" in done.stdout
+
+
+def test_numpys_numbers_paths_and_tuples_are_written_and_compared_as_what_they_are(tmp_path):
+    """A float32 for a rate ended the run at its first checkpoint, a tuple among the settings at its resumption."""
+    settings = {"blocks": (1, 2), "count": np.int64(3), "data": pathlib.Path("d"), "none": float("nan")}
+    part = np.float32(0.5)
+
+    def rate_in_float32(run):
+        run.optimizer.lr = np.float32(0.5)
+
+    options = {"settings": settings, "checkpoint_every": 0, "during_step": rate_in_float32}
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", **options | {"during_step": lambda run: (rate_in_float32(run), stop_in(4)(run))})
+    assert train(tmp_path / "run", **options)["test_loss"] == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["blocks"] == [1, 2]
+    storage.write_atomically(tmp_path / "x", storage.pack({}, {"a": part, "b": np.array(2)}))
+    assert storage.read_arrays(tmp_path / "x")[1] == {"a": 0.5, "b": 2}
+    with pytest.raises(TypeError, match=r"JSON cannot hold a ndarray, \[0\. 0\.\]: numbers, texts, lists, dicts"):
+        storage.to_json({"a": np.zeros(2)})
+
+
+def test_a_validation_in_numpys_numbers_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "validate", lambda run, measure, old=Run.validate: old(run, lambda: np.float32(measure())))
+    assert train(tmp_path / "run")["validation_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(("name", "value"), [("EPOCHS", 0), ("EPOCHS", 1.5), ("STEPS", 0)])
+def test_a_run_of_no_epochs_or_steps_is_refused(tmp_path, monkeypatch, name, value):
+    monkeypatch.setitem(globals(), name, value)
+    with pytest.raises(ValueError, match=rf"Run\.track: .* must be an integer of at least 1, got {value}"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_run_is_not_copied(tmp_path, copied):
+    with pytest.raises(TypeError, match="a Run holds its folder for this process alone, and cannot be copied"):
+        copied(Run(tmp_path / "run"))
+
+
+def test_a_program_without_a_file_is_not_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", stop_in(1))
+    assert f"to resume:\n    the same program, on the folder {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_a_clock_that_stands_still_ends_no_run(tmp_path, monkeypatch):
+    """That of Windows goes in steps of 16 ms."""
+    monkeypatch.setattr("minires.training.output.time.monotonic", lambda: 5.0)
+    train(tmp_path / "run")
+
+
+def test_an_error_stream_that_is_no_file_hears_of_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", type("Logger", (), {"write": lambda *_: None, "flush": lambda _: None})())
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", stop_in(1))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EBUSY, errno.EIO])
+def test_a_log_that_cannot_be_written_ends_no_run_whatever_warnings_do(tmp_path, monkeypatch, capsys, number):
+    def write_log(path, history):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(run_module, "write_log", write_log)
+    train(tmp_path / "run")  # pytest makes errors of warnings, as -W error does
+    assert f"warning: {tmp_path / 'run' / 'log.csv'}: {os.strerror(number)}; all rows are" in capsys.readouterr().err

@@ -28,3 +28,29 @@ def test_schedules_serve_the_shortest_runs(total_steps, warmup):
         assert 0 <= cosine(step, total_steps, 0.1) <= 0.1
         assert 0 < one_cycle(step, total_steps, 0.1, warmup) <= 0.1 + 1e-12
         assert 0 < triangular(step, total_steps, 0.1, warmup) <= 0.1
+
+
+EVERY = [constant, cosine, one_cycle, triangular]
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 7, 100])
+@pytest.mark.parametrize("schedule", EVERY)
+def test_beyond_the_end_the_last_rate_holds(schedule, total_steps):
+    end = total_steps if schedule is cosine else total_steps - 1
+    last = schedule(end, total_steps, 0.1)
+    assert 0 <= last <= schedule(total_steps - 1, total_steps, 0.1)
+    assert [schedule(end + beyond, total_steps, 0.1) for beyond in (1, 2, total_steps, 10**6)] == [last] * 4
+
+
+@pytest.mark.parametrize("total_steps", [0, -3, float("nan")])
+@pytest.mark.parametrize("schedule", EVERY[1:])
+def test_a_run_of_no_steps_is_refused(schedule, total_steps):
+    with pytest.raises(ValueError, match=f"^{schedule.__name__}: total_steps must be at least 1, got {total_steps}$"):
+        schedule(0, total_steps, 0.1)
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 1, float("nan")])
+@pytest.mark.parametrize("schedule", [one_cycle, triangular])
+def test_a_warmup_that_leaves_nothing_for_the_way_down_is_refused(schedule, warmup):
+    with pytest.raises(ValueError, match=f"^{schedule.__name__}: warmup must be at least 0 and below 1, got {warmup}$"):
+        schedule(0, 10, 0.1, warmup)

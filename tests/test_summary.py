@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minires import Dropout, Linear, ReLU, ResNet, Sequential, summary
+from minires import Conv2d, Dropout, Linear, Module, ReLU, ResNet, Sequential, summary
 
 REPORT = """
 Conv2d-1 [-1, 64, 32, 32] 1,728
@@ -77,3 +77,17 @@ def test_any_sequential_has_a_table():
 
 def test_a_model_without_parameters_has_a_table():
     assert "Total params: 0" in summary(Sequential(ReLU()), input_shape=(6,))
+
+
+class EveryOtherPixel(Module):
+    """A layer of one's own, without parameters, that changes the shape."""
+
+    def forward(self, x):
+        return x[:, ::2, ::2].reshape(len(x), -1)
+
+
+def test_a_new_layer_without_parameters_has_no_row_and_those_after_it_have_their_shapes(rng):
+    model = Sequential(Conv2d(3, 4, 3, padding=1, rng=rng), EveryOtherPixel(), Linear(4 * 3 * 2, 5, rng=rng))
+    table = summary(model, input_shape=(6, 4, 3))
+    rows = [" ".join(line.split()) for line in table.splitlines() if "[-1" in line]
+    assert rows == ["Conv2d-1 [-1, 4, 6, 4] 112", "Linear-2 [-1, 5] 125"]

@@ -11,6 +11,8 @@ from minires.training import load_model, save_weights
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the extra 'compare')")
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {np.float32: 1e-4, np.float64: 1e-10}  # relative norms
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
 

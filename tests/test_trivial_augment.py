@@ -143,3 +143,7 @@ def test_only_bytes_in_three_channels_are_changed():
         trivial_augment(np.zeros((2, 6, 5, 3)), 1, 1)
     with pytest.raises(ValueError, match=r"images \(N, H, W, 3\) of uint8, got .* 1\) of uint8"):
         trivial_augment(np.zeros((2, 6, 5, 1), np.uint8), 1, 1)
+
+
+def test_images_without_pixels_stay_as_they_are():
+    assert trivial_augment(np.zeros((3, 0, 5, 3), np.uint8), 1, 1).shape == (3, 0, 5, 3)

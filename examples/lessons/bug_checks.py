@@ -195,7 +195,7 @@ def rate_comes_down():
 
 
 def channels_are_colors():
-    path = pathlib.Path(minires.__file__).parent / "sample" / "data_batch_1.bin"
+    path = pathlib.Path(minires.__file__).parent / "cifar10" / "sample" / "data_batch_1.bin"
     red = np.frombuffer(path.read_bytes()[1:1025], np.uint8).reshape(32, 32)
     same = float((cifar10.load_sample().train_images[0, :, :, 0] == red).mean())
     require(

@@ -22,8 +22,8 @@ import sys
 import textwrap
 from typing import NamedTuple
 
+from minires.console import command_line
 from minires.training import UsageError
-from minires.training.output import command_line
 from minires.training.script import run_script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -51,7 +51,7 @@ RESNET = "minires/resnet.py"
 OPTIM = "minires/optim.py"
 AUGMENT = "minires/augment.py"
 EVALUATION = "minires/evaluation.py"
-CIFAR10 = "minires/cifar10.py"
+CIFAR10 = "minires/cifar10/__init__.py"
 TRAIN_CIFAR = "examples/train_cifar.py"
 
 
@@ -295,8 +295,8 @@ BUGS = [
         "In images.png each picture is nine small gray ones. The network learns all the same, only less.",
         see=f"{TRAIN} --epochs 1",
         file=CIFAR10,
-        old="return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0]",
-        new="return np.ascontiguousarray(planes.reshape(count, 32, 32, 3)), records[:, 0]",
+        old="np.ascontiguousarray(planes.transpose(0, 2, 3, 1))",
+        new="np.ascontiguousarray(planes.reshape(-1, 32, 32, 3))",
         what="The file has all red values, then all green, then all blue. A reshape to channels last has the right "
         "shape and mixes pixels and colors up; only a transpose moves an axis.",
         how="Look at what the network is given, before anything else. No number tells: shapes, means of all values and "

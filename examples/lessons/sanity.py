@@ -30,9 +30,9 @@ import numpy as np
 import minires
 from minires import cifar10
 from minires.augment import normalize
+from minires.console import note
 from minires.training import UsageError
 from minires.training.arguments import at_least, positive
-from minires.training.output import note
 from minires.training.script import run_script
 
 BATCH_SIZE, STEPS, OVERFIT_STEPS, EXPLODE_STEPS = 32, 50, 80, 15

@@ -24,6 +24,7 @@ from minires.kernels.threads import blocks, chunks_of_images, groups_of, one_bla
 
 ROW = 2**13  # numbers in a row that NumPy walks along; longer ones gain nothing
 UPDATE_BLOCK = 2**17  # numbers in a piece of an optimizer's update, which has many intermediate results
+TALL = 256  # rows that are added up in float32; sums of more lose digits
 COLUMN_ROWS = 256  # rows of im2col in a piece: enough that the product is worth the reading of the weights
 
 
@@ -89,7 +90,28 @@ def column_sums(x):
 
     Shapes      x (rows, C)  ->  (C,)
     """
-    return np.ones(len(x), x.dtype) @ x
+    return sum_of_pieces(lambda piece: np.ones(piece.shape[-2], x.dtype) @ piece, x)
+
+
+def column_squares(x):
+    """Sum the squares over rows.
+
+    Shapes      x (rows, C)  ->  (C,)
+    """
+    return sum_of_pieces(lambda piece: np.einsum("...ij,...ij->...j", piece, piece), x)
+
+
+def sum_of_pieces(sums, x):
+    """Sum over rows, TALL at a time, and in float64 what these give. Rows that cannot be folded are many, and short.
+
+    Args        sums: a function, (..., rows, C) to (..., C)
+    Shapes      x (rows, C)  ->  (C,)
+    """
+    if len(x) <= TALL:
+        return sums(x)
+    whole = len(x) - len(x) % TALL
+    pieces = sums(x[:whole].reshape(-1, TALL, x.shape[1]))  # (., C)
+    return pieces.sum(axis=0, dtype=np.float64) + sums(x[whole:])
 
 
 def unfold_sum(row, C):
@@ -126,8 +148,8 @@ def batch_norm_statistics(x):
         about = (unfold_sum(column_sums(rows[block]), C) / n).astype(x.dtype)  # (C,)
         centred = np.subtract(rows[block], along(rows, about), out=scratch("block", rows[block].shape))
         rest = unfold_sum(column_sums(centred), C) / n  # (C,)
-        squares = unfold_sum(np.einsum("ij,ij->j", centred, centred), C)
-        return n, about + rest, squares - n * rest**2
+        squares = unfold_sum(column_squares(centred), C)
+        return n, about + rest, np.maximum(squares - n * rest**2, 0)  # rounding could leave less than 0
 
     counts, means, squares = zip(*run(statistics, blocks(*rows.shape)), strict=True)
     counts, means, squares = np.array(counts)[:, None], np.stack(means), np.stack(squares)  # (blocks, C), float64

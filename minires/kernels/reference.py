@@ -23,7 +23,7 @@ import math
 from minires.backend import array_module
 from minires.rng import random_words
 
-MIXED_DTYPES = ()  # pairs of dtypes, of images and of parameters, that differ and are served all the same
+MIXED_DTYPES = ()  # (dtype of images, dtype of parameters) that a set serves though they differ; here none
 COLUMN_BYTES = 8 * 2**20  # columns that exist at one time: small enough for a CPU's cache, and no batch is too large
 
 
@@ -251,7 +251,7 @@ def softmax_cross_entropy_backward(dloss, probabilities, labels, label_smoothing
 
 
 def im2col(x, kernel_size, stride, padding):
-    """Lay out what the window shows at each of its positions as one row.
+    """Lay out what the window shows at each of its positions as one row; the field calls all of these "columns".
 
     Forward     columns[n, i, j, (h, w, c)] = x[n, i stride + h - padding, j stride + w - padding, c]
                 with zeros outside the image
@@ -499,7 +499,7 @@ def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_d
     """Move a parameter against its gradient; writes to param and velocity.
 
     Update      g = grad_scale grad + weight_decay param        velocity = momentum velocity + g
-                param = param - lr (g + momentum velocity if nesterov, else velocity)
+                param = param - lr velocity, or with nesterov: param - lr (g + momentum velocity)
 
     Why         The velocity is g_t + momentum g_(t-1) + momentum^2 g_(t-2) + ...: along a valley of the loss the
                 gradients agree and add up, to 1 / (1 - momentum) times one of them; across it they change sign from

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import numbers
 import os
 import pathlib
 import threading
@@ -63,7 +64,7 @@ def _integer(name, value):
         number = int(value)
     except (TypeError, ValueError):
         number = 0
-    if number < 1 or isinstance(value, float):
+    if number < 1 or not isinstance(value, str | numbers.Integral):
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return number
 

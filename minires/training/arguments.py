@@ -1,4 +1,4 @@
-"""Types for argparse: what a flag may be, and what is said where it is something else."""
+"""Types for argparse: what a flag may be, and what is said where it is something else; the data of --data."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from minires import cifar10
 
 
 def data_folder(text):
-    """Return "sample", or a folder in a way that is right wherever a run is resumed from."""
+    """Return "sample", or the absolute path of a folder, which is right wherever a run is resumed from."""
     if not text:
         raise argparse.ArgumentTypeError(
             "expected sample or a folder, got an empty name; without --data the default is"
@@ -20,7 +20,10 @@ def data_folder(text):
 
 def folder(text):
     """Return a path; ~ is the home folder, which a shell leaves to us in --out=~/runs."""
-    return pathlib.Path(os.path.expanduser(text))
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text}: name it, or write ./{text}")
+    return pathlib.Path(path)
 
 
 def read_data(data):

@@ -9,11 +9,11 @@ A run folder keeps the newest checkpoint and the one before. Their metadata hold
 
 import os
 import pathlib
-import warnings
 
 import numpy as np
 
 from minires.backend import array_module, to_numpy
+from minires.console import warn
 from minires.layers import Dropout
 from minires.training.storage import CheckpointError, pack, read_arrays, write_atomically
 
@@ -107,14 +107,14 @@ def load_checkpoint(folder):
             continue
         if metadata["format"] != FORMAT:
             raise CheckpointError(
-                f"{path} has format {metadata['format']}, this minires reads {FORMAT}: use the other one"
+                f"{path} has format {metadata['format']}, this minires reads {FORMAT}: use the minires that wrote it"
             )
         if problems:
             kept = ""
             if newest.exists():
                 os.replace(newest, folder / DAMAGED)
                 kept = f" (kept as {DAMAGED})"
-            warnings.warn(f"{problems[0]}{kept}; resuming from {path}, the checkpoint before it", stacklevel=2)
+            warn(f"{problems[0]}{kept}; resuming from {path}, the checkpoint before it")
         return state, metadata
     raise CheckpointError(
         f"no checkpoint in {folder} can be used: {'; '.join(problems)}. Bring one back from a copy, or start the run "

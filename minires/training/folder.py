@@ -22,12 +22,13 @@ import time
 import numpy as np
 
 import minires
+from minires.console import command_line
 from minires.training.checkpoint import CHECKPOINT, PREVIOUS
-from minires.training.storage import PART, write_atomically
+from minires.training.storage import PART, to_json, write_atomically
 from minires.training.weights import WEIGHTS
 
 SETTINGS, LOG, RESULT = "config.json", "log.csv", "result.json"
-PICTURES = 2**20  # bytes, more than the pictures, the log and the settings of a run take together
+SMALL_FILES = 2**20  # bytes, more than the pictures, the log and the settings of a run take together
 
 
 class UsageError(ValueError):
@@ -47,7 +48,7 @@ def new_folder(out):
         if taken:
             raise UsageError(
                 f"--out {out} exists and is not an empty folder: name another, nothing is overwritten "
-                f"(--resume {out} resumes a run)"
+                f"(--resume {command_line([out])} resumes a run)"
             )
         try:
             with tempfile.TemporaryFile(dir=out):  # the rights alone do not tell: the disk may be there to be read only
@@ -79,9 +80,9 @@ def check_space(folder, checkpoint, weights):
     """
     folder = folder.absolute()
     written = [folder / name for name in (CHECKPOINT, PREVIOUS, WEIGHTS)]  # by a run that is resumed
-    present = sum(path.stat().st_size for path in written if path.exists())
-    needed = max(checkpoint, 3 * checkpoint + weights - present) + PICTURES
-    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    present = sum(path.stat().st_size for path in written if os.path.exists(path))
+    needed = max(checkpoint, 3 * checkpoint + weights - present) + SMALL_FILES
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if os.path.exists(path)))
     free = disk.free
     if disk.total and free < needed:  # a disk of 0 bytes is a file system that does not tell
         raise UsageError(
@@ -139,7 +140,7 @@ def write_log(path, history):
 
 
 def write_json(path, content):
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, (to_json(content, indent=2) + "\n").encode())
 
 
 def versions():

@@ -1,49 +1,29 @@
 """What a run says: a line for each epoch, a progress bar, pictures. None of it may end the run or lose an epoch."""
 
-import contextlib
 import os
-import shlex
-import subprocess
 import sys
 import time
-import warnings
-
-from tqdm import tqdm
 
 from minires import plots
+from minires.console import note, printable, progress_bar, warn
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
 BROKEN_PIPE = 13  # the number of SIGPIPE, which Windows has not
 
 
-def say(line, interrupted):
-    """Print a line. Where nobody reads any more, or the disk of the output is full, the run ends as by a signal."""
+def say(line, signals):
+    """Print a line. Where nobody reads any more, or the disk of the output is full, the run ends as by a signal.
+
+    Args        signals: the list that `interrupts` gives, or []
+    """
     try:
         print(printable(line, sys.stdout), flush=True)
     except OSError as error:
         drop_output()
-        interrupted.append(BROKEN_PIPE)
+        signals.append(BROKEN_PIPE)
         if not isinstance(error, BrokenPipeError):
-            warnings.warn(f"standard output: {error.strerror}; ending after this step", stacklevel=2)
-
-
-def note(line):
-    """Print a line beside the output proper; a process may have nowhere to print it (a service, 2>&-)."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(printable(line, sys.stderr), file=sys.stderr, flush=True)
-
-
-def printable(line, stream):
-    """Write what a stream's encoding lacks, such as Chinese names of folders on many consoles, as backslash escapes."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return line.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def command_line(words):
-    """Join the words of a command so that it can be pasted into a shell, on Windows into its own."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+            warn(f"standard output: {error.strerror}; ending after this step")
 
 
 def output_works():
@@ -64,24 +44,23 @@ def drop_output():
 class Progress:
     """A bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, title, batches, done, interrupted):
+    def __init__(self, title, batches, done, signals):
         self.title, self.batches, self.batch, self.images = title, batches, done, 0
-        self.interrupted = interrupted
+        self.signals = signals
         self.started = self.last_line = time.monotonic()
-        hidden = None if sys.stderr else True  # None: where it is no terminal
-        form = {"bar_format": BAR, "leave": False, "disable": hidden, "dynamic_ncols": True}
-        self.bar = tqdm(total=batches, initial=done, desc=title, **form)
+        self.bar = progress_bar(total=batches, initial=done, desc=title, bar_format=BAR)
 
     def update(self, images, loss, accuracy, last):
         self.batch += 1
         self.images += images
         now = time.monotonic()
-        text = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {self.images / (now - self.started):.0f} images/s"
+        seconds = max(now - self.started, 1e-3)  # the clock of Windows goes in steps of 16 ms
+        text = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {self.images / seconds:.0f} images/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and not last and now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
-            say(f"{self.title}, batch {self.batch}/{self.batches}: {text}", self.interrupted)
+            say(f"{self.title}, batch {self.batch}/{self.batches}: {text}", self.signals)
 
     def __enter__(self):
         return self
@@ -90,7 +69,7 @@ class Progress:
         self.bar.close()
 
 
-def print_row(row, header, interrupted):
+def print_row(row, header, signals):
     title = "epoch        lr | train loss  accuracy | valid loss  accuracy |  seconds\n" if header else ""
     validation = f"{'-':>10} {'-':>9} |"
     if row["validation_loss"] is not None:
@@ -98,7 +77,7 @@ def print_row(row, header, interrupted):
     say(
         f"{title}{row['epoch']:5} {row['lr']:9.2e} | {row['train_loss']:10.4f} {row['train_accuracy']:9.2%} | "
         f"{validation} {row['seconds']:8.1f}",
-        interrupted,
+        signals,
     )
 
 

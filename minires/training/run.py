@@ -22,15 +22,18 @@ an image (see rng.py and augment.py), not from a generator that lives on.
 
 import contextlib
 import itertools
+import json
 import math
+import numbers
+import os
 import pathlib
 import sys
 import time
-import warnings
 
 import numpy as np
 
 from minires.backend import array_module
+from minires.console import command_line, note, warn
 from minires.layers import Dropout
 from minires.training.checkpoint import (
     PREVIOUS,
@@ -54,9 +57,9 @@ from minires.training.folder import (
     write_json,
     write_log,
 )
-from minires.training.output import Progress, command_line, draw, note, print_row, say
+from minires.training.output import Progress, draw, print_row, say
 from minires.training.signals import interrupts
-from minires.training.storage import CheckpointError, remove_parts
+from minires.training.storage import CheckpointError, remove_parts, to_json
 from minires.training.weights import WEIGHTS, metadata_of, save_weights, write_state
 
 POSITION = ("config", "history", "step", "seen", "loss_sum", "correct", "seconds", "epoch_seconds")  # in a checkpoint
@@ -86,7 +89,8 @@ class Run:
 
     def __init__(self, folder=None, resume=None, *, resume_flag=None):
         self.folder = None if folder is None else pathlib.Path(folder)
-        self.resumed = resume if resume is not None else self.folder is not None and (self.folder / SETTINGS).exists()
+        begun = folder is not None and os.path.exists(self.folder / SETTINGS)
+        self.resumed = begun if resume is None else resume
         self.resume_flag = resume_flag
         self.settings, self.history, self.best = {}, [], {}
         self.step = self.seen = 0  # steps done in the run, images seen in the epoch
@@ -110,10 +114,13 @@ class Run:
                 self._save_unsaved()
                 say(self._how_to_resume(), self._signals)
 
+    def __reduce_ex__(self, _):
+        raise TypeError("a Run holds its folder for this process alone, and cannot be copied or pickled")
+
     @property
     def finished(self):
         """Whether the run has come to its end, with a result."""
-        return self.resumed and (self.folder / RESULT).exists()
+        return self.resumed and os.path.exists(self.folder / RESULT)
 
     def track(
         self,
@@ -134,8 +141,12 @@ class Run:
                     names of settings that may be others when the run is resumed; checkpoint_every: minutes, 0 for after
                     each step; check_every: steps between two looks at the loss and the gradients, by default 1 on the
                     CPU and 10 on a GPU, where looking means waiting
-        Raises      UsageError for a disk without room, and for settings that are not those that the run began with
+        Raises      UsageError for a disk without room, and for settings that are not those that the run began with;
+                    ValueError for numbers of epochs or steps that are no integers of at least 1
         """
+        for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"Run.track: {name} must be an integer of at least 1, got {value!r}")
         self.model, self.optimizer, self.average = model, optimizer, average
         self.num_epochs, self.steps_per_epoch, self.total_steps = epochs, steps_per_epoch, epochs * steps_per_epoch
         self.checkpoint_every = checkpoint_every
@@ -146,7 +157,7 @@ class Run:
         state = sum(array.nbytes for array in training_state(model, optimizer, average).values())
         check_space(self.folder or pathlib.Path("runs"), checkpoint=state + weights, weights=weights)
 
-        settings = dict(settings or {})
+        settings = json.loads(to_json(settings or {}))  # as it comes back: with lists in place of tuples
         if self.resumed:
             self._check_settings(settings, free)
             print_changes(self.settings, versions() | {"device": device})
@@ -161,19 +172,9 @@ class Run:
         self._signals = self._held.enter_context(interrupts())
 
         self.sums = xp.zeros(2, xp.float64)  # of losses and of right answers, in the current epoch
-        epoch_seconds = seconds = 0.0
+        self._started = self._epoch_started = self._saved_at = time.monotonic()
         if self._checkpoint:
-            state, position = self._checkpoint
-            restore_training_state(model, optimizer, average, state)
-            self.best, self.history, self.step = part_of(state, "best."), position["history"], position["step"]
-            self.seen, self.sums[0], self.sums[1] = position["seen"], position["loss_sum"], position["correct"]
-            self.optimizer.lr = position.get("lr", self.optimizer.lr)
-            epoch_seconds, seconds = position["epoch_seconds"], position["seconds"]
-            if self.best:  # the files may be ahead of the checkpoint
-                write_state(self.folder / WEIGHTS, self.best, best_row_of(self.history) | metadata_of(model))
-            self._write_log()
-        now = time.monotonic()
-        self._started, self._epoch_started, self._saved_at = now - seconds, now - epoch_seconds, now
+            self._restore(*self._checkpoint)
         self._saved, self._drawn_at = (self.step, len(self.history)), -math.inf
 
     def epochs(self):
@@ -213,7 +214,7 @@ class Run:
             raise ValueError(f"Run.steps: expected {self.steps_per_epoch} batches in an epoch, got {done}")
         self._row = {
             "epoch": self.epoch,
-            "lr": self.optimizer.lr,
+            "lr": float(self.optimizer.lr),
             "train_loss": self._means[0],
             "train_accuracy": self._means[1],
             "validation_loss": None,
@@ -252,7 +253,7 @@ class Run:
         Args        measure: a function without arguments that returns the loss and the accuracy
         Raises      FloatingPointError for a loss that is not finite
         """
-        loss, accuracy = measure()
+        loss, accuracy = map(float, measure())
         if not math.isfinite(loss):
             where = first_not_finite(self.model, measure) or "the loss itself"
             what = f"the validation loss is {loss}: the first number that is not finite is in {where}"
@@ -298,7 +299,7 @@ class Run:
             "seen": self.seen,
             "loss_sum": float(self.sums[0]),
             "correct": int(self.sums[1]),
-            "lr": self.optimizer.lr,
+            "lr": float(self.optimizer.lr),
             "config": self.settings,
         }
         try:
@@ -306,6 +307,23 @@ class Run:
         except FloatingPointError as error:
             raise self._not_finite(error, self.step) from error
         self._saved, self._saved_at = (self.step, len(self.history)), time.monotonic()
+
+    def _restore(self, state, position):
+        """Put everything where a checkpoint was written; the files beside it may be ahead of it."""
+        restore_training_state(self.model, self.optimizer, self.average, state)
+        self.best, self.history, self.step = part_of(state, "best."), position["history"], position["step"]
+        if not 0 <= self.step - len(self.history) * self.steps_per_epoch <= self.steps_per_epoch:
+            raise UsageError(
+                f"the run in {self.folder} has done {self.step} steps in {len(self.history)} epochs and a part, which "
+                f"have not {self.steps_per_epoch} steps each: resume it with the data and batches that it began with"
+            )
+        self.seen, self.sums[0], self.sums[1] = position["seen"], position["loss_sum"], position["correct"]
+        self.optimizer.lr = position.get("lr", self.optimizer.lr)
+        self._started -= position["seconds"]
+        self._epoch_started -= position["epoch_seconds"]
+        if self.best:
+            write_state(self.folder / WEIGHTS, self.best, best_row_of(self.history) | metadata_of(self.model))
+        self._write_log()
 
     def _end_step(self, progress):
         self.step += 1
@@ -351,8 +369,8 @@ class Run:
         if self.history:
             try:
                 write_log(self.folder / LOG, self.history)
-            except PermissionError as error:  # on Windows, for as long as another program has it open
-                warnings.warn(f"{error.filename}: {error.strerror}; all rows are written next time", stacklevel=2)
+            except OSError as error:  # on Windows, for as long as another program has it open
+                warn(f"{error.filename}: {error.strerror}; all rows are written next time")
 
     def _draw_curves(self):
         if self.history:
@@ -367,7 +385,7 @@ class Run:
         different = [
             f"{name} is {self.settings[name]} in the run and {value} now"
             for name, value in settings.items()
-            if name in self.settings and name not in free and self.settings[name] != value
+            if name in self.settings and name not in free and to_json(self.settings[name]) != to_json(value)
         ]
         if different:
             raise UsageError(
@@ -376,12 +394,13 @@ class Run:
 
     def _how_to_resume(self):
         epoch = min(len(self.history) + 1, self.num_epochs)
-        command = [sys.executable, str(pathlib.Path(sys.argv[0]).absolute())]
+        line = f"\ninterrupted in epoch {epoch}, after step {self.step} of {self.total_steps}; to resume:\n    "
+        program = pathlib.Path(sys.argv[0]).absolute()
+        if not program.is_file():  # python -c, a notebook
+            return f"{line}the same program, on the folder {self.folder.absolute()}"
+        command = [sys.executable, str(program)]
         command += [self.resume_flag, str(self.folder.absolute())] if self.resume_flag else sys.argv[1:]
-        return (
-            f"\ninterrupted in epoch {epoch}, after step {self.step} of {self.total_steps}; to resume:\n    "
-            + command_line(command)
-        )
+        return line + command_line(command)
 
 
 def position_of(metadata, folder):

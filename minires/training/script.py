@@ -9,8 +9,9 @@ import warnings
 
 from minires import cifar10, kernels
 from minires.backend import GPUError
+from minires.console import command_line, note
 from minires.training.folder import SETTINGS, UsageError
-from minires.training.output import BROKEN_PIPE, command_line, drop_output, note, output_works
+from minires.training.output import BROKEN_PIPE, drop_output, output_works
 from minires.training.storage import CheckpointError
 
 
@@ -28,7 +29,7 @@ def explain(error):
             return 1, line if output_works() else f"standard output: {line}"
         line = f"{error.filename}: {line}"
         folder = pathlib.Path(os.fsdecode(error.filename)).absolute().parent
-        if not (folder / SETTINGS).exists():
+        if not os.path.exists(folder / SETTINGS):
             return 1, line
         line += "; what was there before is unharmed. Once the cause is mended, resume the run by"
         return 1, f"{line} --resume {command_line([str(folder)])}"

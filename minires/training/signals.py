@@ -23,7 +23,7 @@ def interrupts():
         arrived.append(number)
         for each in before:
             signal.signal(each, signal.SIG_IGN if each == HANGUP else signal.SIG_DFL)
-        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, or no file
             if sys.stderr is not None:  # else its number may be that of a file of ours
                 os.write(sys.stderr.fileno(), ENDING)  # print may be busy
 

@@ -69,12 +69,25 @@ def pack(arrays, metadata):
     """Return the bytes of a safetensors file with the arrays, the metadata and a checksum over both."""
     import safetensors.numpy
 
-    text = json.dumps(metadata)
+    text = to_json(metadata)
     arrays = {name: native(array) for name, array in arrays.items()}
     content = safetensors.numpy.save(arrays, {"minires": text, "sha256": _checksum(arrays, text)})
     if int.from_bytes(content[:8], "little") > HEADER_LIMIT:  # `read_arrays` would refuse it
         raise ValueError(f"the header of a file can have {HEADER_LIMIT:,} bytes, got metadata of {len(text):,}")
     return content
+
+
+def to_json(content, **options):
+    """Write what JSON can hold, NumPy's numbers, single ones, and paths among it."""
+
+    def plain(value):
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if getattr(value, "ndim", None) == 0:
+            return value.item()
+        raise TypeError(f"JSON cannot hold a {type(value).__name__}, {str(value)[:40]}: numbers, texts, lists, dicts")
+
+    return json.dumps(content, default=plain, **options)
 
 
 def native(array):
@@ -89,6 +102,7 @@ def read_arrays(path):
     """
     import safetensors
 
+    path = os.fspath(path)  # None fails here, and not as a file of numbers that NumPy has not
     try:
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")

@@ -4,8 +4,12 @@
     model, metadata = load_model("best.safetensors")
 
 In PyTorch:     model.load_state_dict(safetensors.torch.load_file("best.safetensors"))
+
+The weights that come with minires are such a file too, in float16; ../weights/README.md says where they are from.
 """
 
+import hashlib
+import pathlib
 import warnings
 
 import numpy as np
@@ -18,6 +22,8 @@ from minires.training.storage import CheckpointError, pack, read_arrays, write_a
 
 WEIGHTS = "best.safetensors"  # in a run folder
 FLOATS = ("float16", "float32", "float64")
+PUBLISHED = pathlib.Path(__file__).parent.parent / "weights" / "resnet.safetensors"
+PUBLISHED_SHA256 = "26cc34778412c523d6f602462b6de33f1e9fb71526ce09464108bf3f6b32b4f4"  # by examples/publish.py
 
 
 def save_weights(path, model, metadata=None):
@@ -51,6 +57,32 @@ def load_model(path):
     except (ValueError, IndexError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{path} holds no network that minires can build: {error}") from error
     return model.eval(), metadata
+
+
+def load_published():
+    """Load the weights that come with minires, as `load_model` does.
+
+    Raises      CheckpointError for a file that is missing or not the one that was published
+    """
+    try:
+        found = hashlib.sha256(PUBLISHED.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{PUBLISHED} cannot be read: {error.strerror}; install minires anew") from error
+    if found != PUBLISHED_SHA256:
+        raise CheckpointError(f"{PUBLISHED} has SHA-256 {found}, expected {PUBLISHED_SHA256}: install minires anew")
+    return load_model(PUBLISHED)
+
+
+def load_or_published(path=None):
+    """Load the network that a script was given, or else the one that comes with minires, and say so.
+
+    Returns     the model; the path of its weights
+    """
+    if path is not None:
+        return load_model(path)[0], path
+    model, metadata = load_published()
+    print(f"weights that come with minires: {metadata['test_accuracy']:.2%} of CIFAR-10's test images are right")
+    return model, PUBLISHED
 
 
 def load_weights(path):
@@ -121,8 +153,8 @@ def network_of(state, shortcut=None):
     return model
 
 
-def logits_of(model, images, checkpoint, tta=False):
-    """Run images through a network that a checkpoint holds.
+def logits_of(model, images, path, tta=False):
+    """Run images through a network, whose weights are those at a path.
 
     Shapes      images (N, 32, 32, 3) uint8  ->  logits (N, 10)
     Raises      CheckpointError for a network that tells other classes apart, or whose numbers run out of range
@@ -131,11 +163,11 @@ def logits_of(model, images, checkpoint, tta=False):
         warnings.simplefilter("ignore", RuntimeWarning)  # what is not finite is told below, in one line
         logits = predict_logits(model, images, cifar10.MEAN, cifar10.STD, tta=tta)
     if logits.shape[1] != len(cifar10.CLASSES):
-        raise CheckpointError(f"{checkpoint} tells {logits.shape[1]} classes apart, CIFAR-10 has 10: name another one")
+        raise CheckpointError(f"{path} tells {logits.shape[1]} classes apart, CIFAR-10 has 10: name another one")
     if not np.isfinite(logits).all():
         wrong = np.count_nonzero(~np.isfinite(logits).all(axis=1))
         raise CheckpointError(
-            f"{checkpoint} gives logits that are not finite for {wrong:,} of {len(images):,} images: "
+            f"{path} gives logits that are not finite for {wrong:,} of {len(images):,} images: "
             "its weights are too large to compute with, name another one"
         )
     return logits
