@@ -39,17 +39,20 @@ def hunt(*args):
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What each bug's check and the gradient check say of a copy with that bug: {number: {check: text}}."""
-    folder = tmp_path_factory.mktemp("hunt")
 
-    def of_bug(number):
-        project, bug = folder / str(number), bugs.BUGS[number - 1]
-        bugs.plant(bug, project)
-        texts = run_checks(project, bug.check, GRADIENT_CHECK)
-        shutil.rmtree(project)
+    def of_bugs(numbers):
+        project, texts = tmp_path_factory.mktemp("hunt"), {}
+        bugs.copy_project(project, bugs.NOT_PLANTED)
+        for number in numbers:
+            bug = bugs.BUGS[number - 1]
+            (project / bug.file).write_text(bugs.planted(project, bug), "utf-8")
+            texts[number] = run_checks(project, bug.check, GRADIENT_CHECK)
+            shutil.copy2(bugs.ROOT / bug.file, project / bug.file)
         return texts
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(NUMBERS, pool.map(of_bug, NUMBERS), strict=True))
+        odd, even = pool.map(of_bugs, (NUMBERS[::2], NUMBERS[1::2]))
+    return odd | even
 
 
 def test_the_original_passes_every_check():
