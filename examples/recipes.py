@@ -120,7 +120,7 @@ def make_parser():
         nargs=4,
         default=[64, 128, 256, 512],
         metavar="N",
-        help="of each stage, default 64 128 256 512; 8 16 32 64 trains 20 times as fast",
+        help="of each stage, default 64 128 256 512; 8 16 32 64 trains five times as fast",
     )
     add("--no-shortcut", action="store_true", help="the plain network, without shortcuts")
     add("--no-batch-norm", action="store_true", help="the network without normalisation")

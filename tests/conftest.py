@@ -1,5 +1,6 @@
 """What the tests share: a seeded generator, the real data where it is at hand, and a device without a GPU."""
 
+import os
 import signal
 
 import numpy as np
@@ -10,7 +11,11 @@ from minires import backend, cifar10
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU, with the reason, where there is none."""
+    """Skip what takes long, unless it is asked for, and what needs a GPU, with the reason, where there is none."""
+    if not os.environ.get("MINIRES_TEST_FULL"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="takes long; MINIRES_TEST_FULL=1 runs it, as CI does"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

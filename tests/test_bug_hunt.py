@@ -74,7 +74,7 @@ def test_there_are_twenty_and_most_are_out_of_reach_of_a_gradient_check():
     assert {bug.tool for bug in bugs.BUGS} >= {bugs.STEP_0, bugs.GRADIENTS, bugs.OVERFITTING, bugs.CURVES, bugs.FINITE}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "number",
     [n for n in NUMBERS if bugs.BUGS[n - 1].tool in IN_SANITY and bugs.BUGS[n - 1].see != f"{bugs.SANITY} --full"],

@@ -26,6 +26,7 @@ NO_PICTURES = pathlib.Path(__file__).parent / "without_pictures"
 LIMITS = ["--data", "sample", "--device", "cpu", "--epochs", "2", "--batch-size", "20", "--limit-batches", "2"]
 CHANNELS = (4, 6, 6, 8)
 SMALL_RUN = [*LIMITS, "--channels", *map(str, CHANNELS)]
+PARAMETERS = {blocks: ResNet(blocks, CHANNELS).num_parameters() for blocks in ((2, 1, 1, 1), (1, 1, 1, 1))}
 
 
 def start(script, *args, env=os.environ, pictures=False, **kwargs):
@@ -45,7 +46,7 @@ def run(script, *args, **kwargs):
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
-    code, out, err = run("train_cifar.py", *LIMITS, "--out", folder, pictures=True)
+    code, out, err = run("train_cifar.py", *SMALL_RUN, "--out", folder, pictures=True)
     assert code == 0, err
     return folder, out
 
@@ -65,7 +66,7 @@ def test_a_run_writes_its_folder(small_run):
     pictures = {"curves.png", "images.png"} if importlib.util.find_spec("matplotlib") else set()
     assert written == expected | pictures
     config = json.loads((folder / "config.json").read_text())
-    assert (config["batch_size"], config["device"], config["parameters"]) == (20, "cpu", 4_977_226)
+    assert (config["batch_size"], config["device"], config["parameters"]) == (20, "cpu", PARAMETERS[2, 1, 1, 1])
     with open(folder / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -90,7 +91,7 @@ def test_a_run_prints_an_aligned_row_for_each_epoch(small_run):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(small_run, tmp_path):
-    code, _, err = run("train_cifar.py", *LIMITS, "--out", tmp_path / "again")
+    code, _, err = run("train_cifar.py", *SMALL_RUN, "--out", tmp_path / "again")
     assert code == 0, err
     first, again = (load_model(folder / "best.safetensors")[0] for folder in (small_run[0], tmp_path / "again"))
     for name, array in first.state_dict().items():
@@ -397,14 +398,14 @@ def test_the_picture_of_the_augmentations_is_drawn(tmp_path):
     assert 20_000 < (tmp_path / "picture.png").stat().st_size < 150_000
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_first_training_learns():
     code, out, err = run("first_training.py")
     assert (code, err) == (0, "")
     assert float(out.splitlines()[-1].split()[3].rstrip("%")) >= 30
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_loop_of_ones_own_is_stopped_and_killed_and_ends_with_the_same_bits(tmp_path):
     """As in resumable_training.py, whose checkpoints are ten minutes apart: a signal writes one, a kill does not."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -431,7 +432,6 @@ def test_a_loop_of_ones_own_is_stopped_and_killed_and_ends_with_the_same_bits(tm
 
 
 SMALL_STUDY = [*SMALL_RUN, "--epochs", "1", "--batch-size", "10", "--limit-batches", "1"]
-PARAMETERS = {blocks: ResNet(blocks, CHANNELS).num_parameters() for blocks in ((2, 1, 1, 1), (1, 1, 1, 1))}
 
 
 @pytest.mark.slow

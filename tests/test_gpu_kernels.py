@@ -218,7 +218,7 @@ def test_convolution(xp, rng, precision):
         assert_close(actual, (None, expected[1], None), BOUNDS[precision])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("which", range(3))
 def test_every_tile_of_the_implicit_convolution(xp, rng, precision, which, monkeypatch):
     if precision == "float32":

@@ -48,7 +48,7 @@ def test_the_network_is_ready_to_classify(model):
     assert accuracy > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_accuracy_is_the_one_that_is_told(model, real_data):
     result = json.loads(PUBLISHED.with_name("result.json").read_text())
     loss, accuracy = evaluate(model, *real_data[2:], cifar10.MEAN, cifar10.STD)

@@ -486,7 +486,7 @@ def start(*args, **kwargs):
 @pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_command_that_is_printed_goes_on_with_the_run_from_any_folder(tmp_path, number, code):
-    process = start(*FLAGS.split(), "--epochs", "20", "--out", "my run", cwd=tmp_path)
+    process = start(*FLAGS.split(), "--epochs", "8", "--out", "my run", cwd=tmp_path)
     for _ in range(3):  # it has begun; the table's header; the first epoch
         process.stdout.readline()
     process.send_signal(number)

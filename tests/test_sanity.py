@@ -215,7 +215,7 @@ def test_what_is_no_module_is_refused(mine, name, monkeypatch):
         sanity.load_class(name)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_built_in_network_passes(tmp_path):
     code, out, err = run("--picture", tmp_path / "scales.png")
     assert (code, err) == (0, "")
