@@ -1,6 +1,7 @@
 """What every script needs around its main: errors in one line, exit codes, an output that may be gone."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import signal
@@ -14,6 +15,8 @@ from minires.training.folder import SETTINGS, UsageError
 from minires.training.output import BROKEN_PIPE, drop_output, output_works
 from minires.training.storage import CheckpointError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def explain(error):
     """Return the exit code for an error, 2 if the user can mend it by asking otherwise and 1 if not, and a line."""
@@ -26,7 +29,8 @@ def explain(error):
         if not error.filename:
             if isinstance(error, BrokenPipeError):
                 return 128 + BROKEN_PIPE, ""
-            return 1, line if output_works() else f"standard output: {line}"
+            to_output = error.errno in DISK_FULL or not output_works()  # all else that is written has a name
+            return 1, f"standard output: {line}" if to_output else line
         line = f"{error.filename}: {line}"
         folder = pathlib.Path(os.fsdecode(error.filename)).absolute().parent
         if not os.path.exists(folder / SETTINGS):
