@@ -15,8 +15,7 @@ def plot_curves(history, path):
     Args        history: a list of dicts with epoch, train_loss, validation_loss, train_accuracy, validation_accuracy,
                 those of validation None where there was none; path: where the picture goes, in the format of its ending
     """
-    figure_class = _figure_class()
-    figure = figure_class(figsize=(9, 3.5), layout="constrained")
+    figure = figure_class()(figsize=(9, 3.5), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, label, color in (("train", "training", "tab:blue"), ("validation", "validation", "tab:orange")):
@@ -36,7 +35,7 @@ def plot_images(images, titles, path, columns=10):
     Shapes      images (N, H, W, 3) uint8, titles N strings
     """
     rows = math.ceil(len(images) / columns)
-    figure = _figure_class()(figsize=(columns, 1.2 * rows), layout="constrained")
+    figure = figure_class()(figsize=(columns, 1.2 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, image, title in zip(figure.axes, images, titles, strict=False):
@@ -50,7 +49,7 @@ def plot_runs(values, title, path):
 
     Args        values: {variant: a number for each run}; title: what the numbers are; path: where the picture goes
     """
-    figure = _figure_class()(figsize=(8, 1 + 0.35 * len(values)), layout="constrained")
+    figure = figure_class()(figsize=(8, 1 + 0.35 * len(values)), layout="constrained")
     axes = figure.subplots()
     for row, numbers in enumerate(values.values()):
         axes.plot(numbers, [row] * len(numbers), "o", ms=5, color="tab:blue", alpha=0.6)
@@ -62,7 +61,7 @@ def plot_runs(values, title, path):
     figure.savefig(path, dpi=150)
 
 
-def _figure_class():
+def figure_class():
     """Import matplotlib's Figure, without pyplot and its global state, whatever MPLBACKEND says.
 
     Why         A notebook exports MPLBACKEND to what it starts, and `import matplotlib` raises a ValueError where that

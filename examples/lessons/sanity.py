@@ -31,6 +31,7 @@ import minires
 from minires import cifar10
 from minires.augment import normalize
 from minires.console import note
+from minires.plots import figure_class
 from minires.training import UsageError
 from minires.training.arguments import at_least, positive
 from minires.training.script import run_script
@@ -237,10 +238,9 @@ def print_table(scales, steps):
 def draw(scales, steps, path):
     """Draw the table, where matplotlib is installed; nothing ends for want of a picture."""
     try:
-        from matplotlib.figure import Figure
+        figure = figure_class()(figsize=(11, 4), layout="constrained")
         from matplotlib.ticker import NullFormatter
 
-        figure = Figure(figsize=(11, 4), layout="constrained")
         panels = figure.subplots(1, 3)
         titles = ("deviation of the output", "deviation of its gradient", "update / weight")
         for axes, title, value in zip(panels, titles, ("activation", "gradient", "ratio"), strict=True):
