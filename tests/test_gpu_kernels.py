@@ -224,6 +224,7 @@ def test_every_tile_of_the_implicit_convolution(xp, rng, precision, which, monke
     if precision == "float32":
         pytest.skip("uses no tiles")
     dtype = "float16" if precision == "float16" else "float32"
+    gpu.module(xp)  # with all tiles, as it is kept for the tests that follow
     monkeypatch.setattr(gpu, "TILES", (gpu.TILES[which],))
     monkeypatch.setitem(gpu.GRADIENT_TILES, dtype, (gpu.GRADIENT_TILES[dtype][which],))
     x, weight = draw(rng, dtype, 2, 9, 8, 128), draw(rng, "float32", 3, 3, 128, 128)
