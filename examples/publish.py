@@ -56,7 +56,7 @@ def main():
     config, result = read_settings(args.run), read_result(args.run)
     state, metadata = load_weights(args.run / WEIGHTS)  # finite, or it raises
     data = read_data(args.data)
-    if hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in data)).hexdigest() != config["data_sha256"]:
+    if data.sha256() != config["data_sha256"]:
         raise UsageError(f"the images are not those that {args.run} was trained on: name its data by --data")
     if result["test_images"] != len(data.test_images):
         raise UsageError(

@@ -15,7 +15,6 @@ NaN) is the Run's, in minires/training; README.md beside this file explains the 
 """
 
 import functools
-import hashlib
 import math
 import pathlib
 import sys
@@ -107,7 +106,7 @@ def load_data(args, run, device):
         if not run.resumed:
             raise
         raise cifar10.DataError(f"{error}; or name its data by --data DIR") from error
-    sha256 = hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in data)).hexdigest()
+    sha256 = data.sha256()
     if run.resumed and sha256 != run.settings.get("data_sha256"):
         raise UsageError(f"the images are not those that the run in {run.folder} began with: name its data by --data")
     train_index, validation_index = cifar10.split(len(data.train_images), seed=args.seed)

@@ -102,7 +102,7 @@ class Module:
 
     def _take_cache(self):
         """Return what forward kept, and drop it."""
-        if self._cache == TAKEN:  # not "is": a module that was pickled has a text of its own
+        if isinstance(self._cache, str) and self._cache == TAKEN:  # not "is": a pickled module has a text of its own
             raise RuntimeError(
                 f"{type(self).__name__}.backward: called twice after one forward; a layer that a network uses twice "
                 "has to be two layers, as each keeps what one backward needs"

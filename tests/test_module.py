@@ -316,3 +316,19 @@ def test_a_module_that_was_pickled_still_says_that_it_was_used_twice():
     layer.backward(layer(x))
     with pytest.raises(RuntimeError, match=r"ReLU\.backward: called twice after one forward"):
         pickle.loads(pickle.dumps(layer)).backward(x)
+
+
+def test_a_module_of_ones_own_may_keep_an_array_without_a_tuple():
+    class Square(Module):
+        def forward(self, x):
+            self._cache = x
+            return x * x
+
+        def backward(self, dout):
+            return 2 * self._take_cache() * dout
+
+    layer = Square()
+    layer(np.array([1.0, 3.0]))
+    np.testing.assert_array_equal(layer.backward(np.array([1.0, 1.0])), [2.0, 6.0])
+    with pytest.raises(RuntimeError, match="called twice after one forward"):
+        layer.backward(np.array([1.0, 1.0]))

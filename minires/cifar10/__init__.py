@@ -8,6 +8,7 @@ Source      Krizhevsky 2009, "Learning multiple layers of features from tiny ima
             https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+import hashlib
 import os
 import pathlib
 from typing import NamedTuple
@@ -32,6 +33,10 @@ class Dataset(NamedTuple):
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+
+    def sha256(self):
+        """Return the SHA-256 of those of the four arrays, in hexadecimal: does a run have the images it began with?"""
+        return hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in self)).hexdigest()
 
 
 def load(directory=None, or_download=False):
