@@ -174,7 +174,7 @@ def is_far(mean, var):
 
     Shapes      mean, var (C,)  ->  bool
     """
-    return bool((mean**2 > FAR**2 * var).any())
+    return bool((np.abs(mean) > FAR * np.sqrt(var)).any())
 
 
 def centred(piece, mean):
