@@ -264,15 +264,29 @@ def batch_norm_backward(dout, x, weight, mean, var, eps, dweight, dbias):
 
 
 def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
-    """See `reference.conv2d_forward`. Winograd's way where it serves, else im2col, a few images at a time."""
-    x = np.ascontiguousarray(x)
+    """See `reference.conv2d_forward`."""
+    return conv2d_add_relu_forward(x, weight, bias, stride, padding)
+
+
+def conv2d_add_relu_forward(x, weight, bias=None, stride=1, padding=0, residual=None, relu=False):
+    """See `reference.conv2d_add_relu_forward`. Winograd's way where it serves, else im2col, a few images at a time.
+
+    What follows the convolution is done to each piece of out while it is in the cache.
+    """
+    x, residual = np.ascontiguousarray(x), None if residual is None else np.ascontiguousarray(residual)
+
+    def finish(out, images):
+        rows = fold(out)
+        if bias is not None:
+            rows += along(rows, bias)
+        if residual is not None:
+            rows += fold(residual[images])
+        if relu:
+            np.maximum(rows, np.zeros(rows.shape[1], rows.dtype), out=rows)
+
     if winograd.is_for(x.shape, weight.shape, stride, padding):
-        out = winograd.conv2d(x, weight)
-    else:
-        out = im2col_conv2d(x, weight, stride, padding)
-    if bias is not None:
-        out += bias
-    return out
+        return winograd.conv2d(x, weight, finish)
+    return im2col_conv2d(x, weight, stride, padding, finish)
 
 
 def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True, need_dbias=True):
@@ -308,9 +322,10 @@ def columns_of(x, kernel_size, stride, padding, out_size):
     return columns
 
 
-def im2col_conv2d(x, weight, stride, padding):
+def im2col_conv2d(x, weight, stride, padding, finish):
     """`reference.conv2d_forward` by im2col, chunks of images shared out to threads.
 
+    Args        finish: see `winograd.conv2d`
     Shapes      x (N, H, W, C), weight (kh, kw, C, O)  ->  out (N, oh, ow, O)
     """
     kh, kw, _, O = weight.shape
@@ -322,6 +337,7 @@ def im2col_conv2d(x, weight, stride, padding):
     def convolve(images):
         columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))  # (n, oh, ow, kh, kw, C)
         np.matmul(columns.reshape(-1, len(weight_rows)), weight_rows, out=out[images].reshape(-1, O))
+        finish(out[images], images)
 
     run(convolve, chunks_of_images(N, oh * ow, COLUMN_ROWS))
     return out
