@@ -28,7 +28,8 @@ from minires import cifar10
 from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip
 from minires.backend import choose_device, memory_shortage, to_device
 from minires.batches import Batches
-from minires.evaluation import averaged_weights, evaluate
+from minires.console import note
+from minires.evaluation import averaged_weights, evaluate, predict_logits
 from minires.kernels import gpu
 from minires.training import Run, UsageError, load_model
 from minires.training.arguments import read_data
@@ -39,6 +40,7 @@ from minires.trivial_augment import trivial_augment
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
 from recipes import FREE_IN_A_RESUMED_RUN, SCHEDULES, choose_precision, parse_arguments, resumed_arguments
+from report import REPORT, write_report
 
 STATISTICS_IMAGES = 5000  # of 40,000 or 50,000: with these, BatchNorm's statistics are measured for averaged weights
 
@@ -213,17 +215,22 @@ def measure(model, images_and_labels, run, tta=False):
 
 def test(args, run, data, model):
     """Measure the weights that were kept, on the test images alone and with their mirror images; write the result."""
-    result, mirrored = {}, ""
-    result["test_loss"], result["test_accuracy"] = measure(model, data.test, run)
+    images, labels = data.test
+    logits = predict_logits(model, images, cifar10.MEAN, cifar10.STD, stop=run.stop_if_asked)
+    result, mirrored = {"test_loss": float(minires.SoftmaxCrossEntropy()(logits, labels))}, ""
+    result["test_accuracy"] = float((logits.argmax(axis=1) == labels).mean())
     if args.tta:
         result["test_loss_tta"], result["test_accuracy_tta"] = measure(model, data.test, run, tta=True)
         mirrored = f"{result['test_accuracy_tta']:.2%} with their mirror images, "
-    count = len(data.test[1])
-    result = run.finish(result | {"test_images": count})
+    result = run.finish(result | {"test_images": len(labels)})
     print(
-        f"test loss {result['test_loss']:.4f}, test accuracy {result['test_accuracy']:.2%} on {count:,} images, "
+        f"test loss {result['test_loss']:.4f}, test accuracy {result['test_accuracy']:.2%} on {len(labels):,} images, "
         f"{mirrored}with the weights of epoch {result['best_epoch']}; {result['seconds']:.0f} s"
     )
+    try:
+        write_report(run.folder, images, labels, logits)
+    except Exception as error:  # the run has its result, whatever is wrong with the page about it
+        note(f"no report {run.folder / REPORT}: {error}")
 
 
 def main():
