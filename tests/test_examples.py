@@ -123,7 +123,7 @@ def in_process(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["report", "fast", "best"])
+@pytest.mark.parametrize("recipe", ["report", "hour", "fast", "best"])
 def test_training_on_the_stand_in_for_a_gpu(strict_gpu, in_process, capsys, recipe):
     with kernels.use("reference"):  # the fast ones would run on the emulator, for minutes
         in_process(*SMALL_RUN, "--recipe", recipe, "--epochs", "1", "--device", "gpu")
@@ -131,13 +131,16 @@ def test_training_on_the_stand_in_for_a_gpu(strict_gpu, in_process, capsys, reci
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["fast", "best"])
+@pytest.mark.parametrize("recipe", ["hour", "fast", "best"])
 def test_each_recipe_from_start_to_end(recipe, tmp_path):
     code, out, err = run("train_cifar.py", *SMALL_RUN, "--recipe", recipe, "--out", tmp_path / "run")
     assert code == 0, err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    expected = {"recipe": recipe, "epochs": 2, "optimizer": "sgd", "tta": True, "full_train": True, "crop": 4}
-    expected |= {"trivial_augment": recipe == "best", "flip": {"fast": "alternating", "best": "random"}[recipe]}
+    expected = {"recipe": recipe, "epochs": 2, "tta": True, "full_train": True} | {
+        "hour": {"optimizer": "muon", "early_size": 24, "bias_lr": 8, "crop": 2, "flip": "alternating"},
+        "fast": {"optimizer": "sgd", "early_size": 0, "bias_lr": 1, "crop": 4, "flip": "alternating"},
+        "best": {"optimizer": "sgd", "trivial_augment": True, "crop": 4, "flip": "random"},
+    }[recipe]
     assert config | expected == config
     with open(tmp_path / "run" / "log.csv") as file:
         rows = list(csv.DictReader(file))
@@ -277,6 +280,7 @@ def test_the_test_is_that_of_the_best_weights(in_process, monkeypatch):
         (["--recipe", "fast", "--ema", "1"], "--ema: expected a number from 0 to below 1, got 1"),
         (["--weight-decay", "-1"], "--weight-decay: expected a number of at least 0, got -1"),
         (["--recipe", "fast", "--momentum", "0"], "--momentum 0 has no Nesterov form: add --no-nesterov"),
+        (["--recipe", "hour", "--momentum", "0"], "--optimizer muon needs a --momentum above 0, got 0"),
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(args, message):
@@ -503,7 +507,7 @@ def test_a_study_of_the_recipes_has_their_test_accuracies(tmp_path):
     study = ["--study", "recipes", "--seeds", "1", *SMALL_STUDY, "--out", tmp_path]
     code, _, err = run("ablation.py", *study, pictures=True)
     assert code == 0, err
-    for row, recipe in zip(table_of(tmp_path).splitlines()[2:], ("report", "fast", "best"), strict=True):
+    for row, recipe in zip(table_of(tmp_path).splitlines()[2:], ("report", "hour", "fast", "best"), strict=True):
         result = json.loads((tmp_path / recipe / "seed-0" / "result.json").read_text())
         cells = [cell.strip() for cell in row.split("|")[1:-1]]
         assert cells[:3] == [recipe, f"{PARAMETERS[2, 1, 1, 1]:,}", "1"]
