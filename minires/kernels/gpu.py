@@ -165,19 +165,20 @@ def add(a, b):
     return out
 
 
-def dropout_forward(x, p, key, step):
+def dropout_forward(x, p, key, step, start=0):
     """See `reference.dropout_forward`."""
     (x,) = contiguous(x)
     out = array_module(x).empty_like(x)
     threshold, scale = np.uint32(int(p * 2**32)), 1 / (1 - p)
-    arguments = (x, out, x.size, threshold, scale, np.uint64(key), array_module(x).asarray(step, dtype="uint64"))
-    launch(f"dropout<{type_name(x)}>", blocks_of(-(-x.size // 4)), (THREADS,), *arguments)
+    step = array_module(x).asarray(step, dtype="uint64")
+    arguments = (x, out, x.size, threshold, scale, np.uint64(key), step, np.uint64(start))
+    launch(f"dropout<{type_name(x)}>", blocks_of(-(-(start % 4 + x.size) // 4)), (THREADS,), *arguments)
     return out
 
 
-def dropout_backward(dout, p, key, step):
+def dropout_backward(dout, p, key, step, start=0):
     """See `reference.dropout_backward`: the forward's multiplication again."""
-    return dropout_forward(dout, p, key, step)
+    return dropout_forward(dout, p, key, step, start)
 
 
 def product(a, b, dtype, bias=None):
