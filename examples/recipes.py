@@ -92,6 +92,7 @@ FREE_IN_A_RESUMED_RUN = (
     "out",
     "debug",
 )  # no result depends on them
+NO_SETTINGS = ("resume", "out", "debug", "distributed")  # are not in config.json, or not as flags
 SETTINGS_OF_EVERY_RUN = ("seed", "blocks", "epochs", "batch_size")  # others may be younger than the run
 
 
@@ -138,7 +139,8 @@ def make_parser():
     add("--distributed", action="store_true", help="take MPI also where no mpiexec or srun is seen")
     add(
         "--local-batch-norm",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="each of several processes normalises by the statistics of its own part of a batch",
     )
     add("--debug", action="store_true", help="errors with a traceback; on a GPU a look for NaN at each step")
@@ -250,7 +252,7 @@ def checked(config, folder):
     parser.error = refuse
     parser.set_defaults(**RECIPES["report"])
     config = vars(parser.parse_args([])) | config  # a run from before an ingredient was added has its default
-    names = [name for name in vars(parser.parse_args([])) if name in config and name not in ("resume", "out", "debug")]
+    names = [name for name in vars(parser.parse_args([])) if name in config and name not in NO_SETTINGS]
     flags = []
     for name in names:
         flag, value = f"--{name.replace('_', '-')}", config[name]

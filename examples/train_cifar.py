@@ -17,6 +17,7 @@ NaN) is the Run's, in minires/training; README.md beside this file explains the 
 
 import functools
 import math
+import os
 import pathlib
 import sys
 import warnings
@@ -41,7 +42,7 @@ from minires.training.weights import WEIGHTS
 from minires.trivial_augment import trivial_augment
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
-from recipes import FREE_IN_A_RESUMED_RUN, SCHEDULES, choose_precision, parse_arguments, resumed_arguments
+from recipes import FREE_IN_A_RESUMED_RUN, NO_SETTINGS, SCHEDULES, choose_precision, parse_arguments, resumed_arguments
 
 STATISTICS_IMAGES = 5000  # of 40,000 or 50,000: with these, BatchNorm's statistics are measured for averaged weights
 
@@ -151,7 +152,7 @@ def make_optimizer(args, model):
 
 def begin(args, run, data, model, optimizer, average):
     """Let the run begin, or go to where it was stopped, and say what it is."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out", "debug")}
+    settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     run.track(
         model,
         optimizer,
@@ -164,9 +165,11 @@ def begin(args, run, data, model, optimizer, average):
         check_every=1 if args.debug else None,
     )
     parts = (len(labels) for _, labels in (data.train, data.validation, data.test))
+    pids = run.ranks.gather(os.getpid())  # a launcher tells of a process that was killed by this number
+    together = f"processes {', '.join(map(str, pids))} (rank 0 to {len(pids) - 1}), " if 1 < len(pids) <= 16 else ""
     print(
         f"{model.num_parameters():,} parameters, {{:,}} training, {{:,}} validation and {{:,}} test images, "
-        f"device {run.settings['device']}, run folder {run.folder}".format(*parts),
+        f"device {run.settings['device']}, {together}run folder {run.folder}".format(*parts),
         flush=True,
     )
     images, labels = data.first_images
@@ -213,7 +216,8 @@ def validate(args, run, data, model):
 
 
 def measure(model, images_and_labels, run, tta=False):
-    return evaluate(run.ranks, model, *images_and_labels, cifar10.MEAN, cifar10.STD, tta=tta, stop=run.stop_if_asked)
+    settings = {"tta": tta, "stop": run.stop_if_asked, "ranks": run.ranks}
+    return evaluate(model, *images_and_labels, cifar10.MEAN, cifar10.STD, **settings)
 
 
 def test(args, run, data, model):

@@ -63,7 +63,7 @@ class Batches:
         return rest
 
     def __iter__(self):
-        if self.ranks and self.ranks.size > 1:
+        if self.ranks:
             return self._parts()
         if array_module(self.images) is np:
             return ahead(self._batches(self.batch_size))

@@ -1,11 +1,12 @@
 """Ten steps of training in float64, by one process or by several: what test_distributed.py compares.
 
-    mpiexec -n 2 python tests/shared_steps.py FOLDER [cause]    in every rank; rank 0 leaves a file for each variant
-
-It also does what a test asks for by a cause: ranks that differ, and sums whose bits are looked at.
+mpiexec -n 2 python tests/shared_steps.py FOLDER    rank 0 leaves a file for each variant
 """
 
 import functools
+import hashlib
+import pathlib
+import sys
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from minires.batches import Batches
 from minires.evaluation import averaged_weights
 from minires.training.checkpoint import training_state
 from minires.training.distributed import evaluate
+from minires.training.launch import processes
 from minires.trivial_augment import trivial_augment
 
 IMAGES, BATCH, STEPS = 23, 7, 10  # the last batch of an epoch has 2 images, fewer than three ranks
@@ -90,7 +92,34 @@ def train(
     with averaged_weights(average, model, (x for x, _ in batches(STEPS))):
         for tta in (False, True):
             found[f"measured {tta}"] = np.array(
-                evaluate(ranks, model, images, labels, cifar10.MEAN, cifar10.STD, batch_size=4, tta=tta)
+                evaluate(model, images, labels, cifar10.MEAN, cifar10.STD, batch_size=4, tta=tta, ranks=ranks)
             )
         found |= {f"evaluated {name}": array for name, array in model.state_dict().items()}
     return found
+
+
+def main(folder):
+    """Train every variant in this job's processes; then look at the bits of sums of many sizes, twice."""
+    ranks = processes()
+    for name, options in VARIANTS.items():
+        found = train(ranks, **options)
+        ranks.check_same(found, name)
+        if ranks.rank == 0:
+            np.savez(folder / f"{name}.npz", **found)
+    digests = []
+    for _ in range(2):
+        digest = hashlib.sha256()
+        for size in (1, 3, 129, 1025, 20_000, 300_001, 1_200_000):
+            for dtype in ("float32", "float64"):
+                rng = np.random.default_rng([ranks.rank, size])
+                array = ranks.sum((rng.standard_normal(size) * 10.0 ** rng.integers(-3, 3, size)).astype(dtype))
+                ranks.check_same({f"a sum of {size} numbers of {dtype}": array}, "a sum")
+                digest.update(array)
+        digests.append(digest.hexdigest())
+    if ranks.rank == 0:
+        (folder / "digest").write_text(digests[0])
+        (folder / "digest of the second time").write_text(digests[1])
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

@@ -44,7 +44,10 @@ class RanksDifferError(RuntimeError):
 class OneProcess:
     """A single process, which has all of each batch: nothing is exchanged."""
 
-    rank, size, total = 0, 1, None
+    rank, size = 0, 1
+
+    def __bool__(self):
+        return False  # as None, which those have in its place who know of a single process only
 
     def distribute(self, model, optimizer, loss_function, local_batch_norm=False):
         """Let forward, backward and loss be those of the whole batch, and the weights those of rank 0.
@@ -90,6 +93,11 @@ class OneProcess:
 
 class Processes(OneProcess):
     """The processes of MPI.COMM_WORLD. `total` is the number of images in the batch at hand, in all processes."""
+
+    total = None
+
+    def __bool__(self):
+        return True
 
     def __init__(self, mpi):
         self.mpi, self.world = mpi, mpi.COMM_WORLD
@@ -237,8 +245,8 @@ class Processes(OneProcess):
             self._broadcast(value for _, value in model.named_state() if not isinstance(value, Parameter))
 
 
-def evaluate(ranks, model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None):
-    """See `minires.evaluate`; the images are shared out, and loss and accuracy are those over all of them."""
+def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None, *, ranks):
+    """See `minires.evaluate`; `ranks` share the images, and loss and accuracy are those over all of them."""
     ranks.same_statistics(model)
     logits = []
     for start in range(0, len(images), batch_size * ranks.size):

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 
 import numpy as np
 
@@ -39,14 +40,16 @@ def processes(distributed=False):
     started, rank = (int(os.environ.get(name, 0)) for name in names) if names else (1, 0)
     try:
         try:
-            from mpi4py import MPI
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the wrong launcher, which is told below
+                from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # RuntimeError: the library itself is not there
             reason = str(error).splitlines()[0]
             raise UsageError(
-                f"{started} processes need mpi4py ({reason}): {INSTALL}, which brings mpiexec too"
+                f"to train in several processes takes mpi4py ({reason}): {INSTALL}, which brings an mpiexec as well"
             ) from error
         if names and MPI.COMM_WORLD.size != started:
-            library = MPI.Get_library_version().split("\n")[0].replace("\t", "")
+            library = " ".join(MPI.Get_library_version().split()[:3])
             raise UsageError(
                 f"this is one of {started} processes, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: start "
                 f"them by the mpiexec of that MPI, which {INSTALL} puts into {os.path.dirname(sys.executable)}"

@@ -1,0 +1,432 @@
+"""Several processes train as one does: the same weights up to rounding, the same bits in all, and one end for all.
+
+Ranks are threads in some tests, and processes under mpiexec in those that need mpi4py.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import relative_error
+from kill_and_resume import content
+from shared_steps import VARIANTS, train
+from threaded_mpi import run_ranks
+
+import minires
+from minires.batches import Batches
+from minires.kernels import reference
+from minires.training import launch
+from minires.training.distributed import OneProcess, RanksDifferError
+from minires.training.folder import UsageError
+from minires.training.gradients import GradientSums
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = ["--data", "sample", "--channels", "4", "4", "4", "4", "--blocks", "1", "1", "1", "1", "--batch-size", "6"]
+TINY = [*SMALL, "--limit-batches", "5", "--epochs", "2", "--device", "cpu", "--recipe", "fast", "--no-full-train"]
+LIMIT = 1e-12
+SECONDS = 120  # after which a job that hangs has failed
+
+try:
+    import mpi4py.MPI  # noqa: F401
+
+    MPIEXEC = shutil.which("mpiexec", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    WHY = None if MPIEXEC else "there is no mpiexec"
+except (ImportError, RuntimeError) as error:
+    WHY = f'{error}; pip install -e ".[mpi]" brings mpi4py and mpiexec'
+mpi = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("MINIRES_NUM_THREADS", "1")  # ranks that are threads would set it for all
+
+
+def start(ranks, *words, **options):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests' / 'without_pictures'}:{ROOT}:{ROOT / 'tests'}"}
+    command = [MPIEXEC, "-n", str(ranks), sys.executable, *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT, **options
+    )
+
+
+def finish(process):
+    """Return the exit code, the output and the errors of a job; one that hangs fails."""
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+def job(ranks, *words):
+    return finish(start(ranks, *words))
+
+
+def code_job(ranks, code):
+    return job(ranks, "-c", f"from minires.training.launch import processes\nranks = processes()\n{code}")
+
+
+def weights(run):
+    """All numbers of a run's model, end to end."""
+    arrays = [run[name] for name in sorted(run) if ": model." in name]
+    return np.concatenate([np.frombuffer(data, dtype) for dtype, _, data in arrays])
+
+
+def differences(found, expected):
+    assert found.keys() == expected.keys()
+    return {name: relative_error(found[name], expected[name]) for name in expected}
+
+
+# Ranks that are threads
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_are_even_and_together_the_whole(count):
+    ranks = OneProcess()
+    ranks.size = count
+    for total in range(9):
+        parts = []
+        for ranks.rank in range(count):
+            part = ranks.part(total)
+            parts.append(list(range(total))[part])
+        assert [i for part in parts for i in part] == list(range(total))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("start", range(9))
+def test_a_part_of_a_mask_is_that_of_the_whole(start):
+    x = np.ones((4, 5))
+    whole = reference.dropout_forward(x, 0.4, 17, 3).reshape(-1)
+    part = reference.dropout_forward(np.ones(7), 0.4, 17, 3, start)
+    assert (part == whole[start : start + 7]).all()
+    assert (reference.dropout_backward(np.ones(7), 0.4, 17, 3, start) == part).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_three_threads_train_as_one_process(variant):
+    results = run_ranks(3, lambda ranks: train(ranks, **VARIANTS[variant]))
+    errors = differences(results[0], train(OneProcess(), **VARIANTS[variant]))
+    assert max(errors.values()) < LIMIT, errors
+    for other in results[1:]:
+        assert all((other[name] == results[0][name]).all() for name in other)
+
+
+def test_in_float32_threads_differ_as_other_chunks_do():
+    results = run_ranks(2, lambda ranks: train(ranks, "float32", momentum=0.9))
+    errors = differences(results[0], train(OneProcess(), "float32", momentum=0.9))
+    assert 0 < max(errors.values()) < 1e-3
+
+
+def test_local_batch_norm_is_another_training_that_all_share():
+    results = run_ranks(2, lambda ranks: train(ranks, local=True))
+    errors = differences(results[0], train(OneProcess()))
+    assert errors["model.linear.weight"] > 1e-3
+    for name in results[0]:
+        if "running" not in name or name.startswith("evaluated"):
+            assert (results[0][name] == results[1][name]).all(), name
+
+
+def test_a_batch_that_was_not_cut_by_ranks_is_refused():
+    def wrong(ranks):
+        model, loss = minires.ResNet((1,), (4,)), minires.SoftmaxCrossEntropy()
+        ranks.distribute(model, minires.SGD(model.parameters(), 0.1), loss)
+        ranks.total = 7
+        return model(np.zeros((5, 8, 8, 3), np.float32))
+
+    with pytest.raises(
+        RuntimeError, match=r"has 5 images of a batch of 7: take batches from Batches\(\.\.\., ranks=ra"
+    ):
+        run_ranks(2, wrong)
+
+
+def test_ranks_that_differ_are_named_with_the_layer():
+    def differ(ranks):
+        model = minires.ResNet((1,), (4,), seed=0)
+        ranks.check_same(model.state_dict(), "epoch 1")
+        if ranks.rank == 1:
+            model.layer1.layers()[0].conv2.weight.data[0, 0, 0, 0] += 1e-7
+        ranks.check_same(model.state_dict(), "epoch 2")
+
+    with pytest.raises(
+        RanksDifferError, match=r"after epoch 2, rank 1 \(on here\) .* the first in layer1\.0\.conv2\.weight"
+    ):
+        run_ranks(3, differ)
+
+
+def test_an_error_of_the_first_rank_is_raised_in_all():
+    def fail(ranks):
+        def refuse():
+            raise UsageError(f"rank {ranks.rank} refuses")
+
+        with pytest.raises(UsageError, match="rank 0 refuses"):
+            ranks.first(refuse)
+        return ranks.first(lambda: f"of rank {ranks.rank}")
+
+    assert run_ranks(3, fail) == ["of rank 0"] * 3
+
+
+def test_gradients_are_on_their_way_before_backward_is_done(rng):
+    """Every number once, the last layers first, and those of the last stage while others are still to come."""
+    model = minires.ResNet((1, 1, 1, 1))
+    flat = minires.SGD(model.parameters(), 0.1).flat
+    events = []
+
+    class Recorder(OneProcess):
+        def start_sum(self, array):
+            start = (array.__array_interface__["data"][0] - flat.grad.__array_interface__["data"][0]) // 4
+            events.append((start, start + array.size))
+
+        def progress(self):
+            events.append("a layer is done")
+
+        def finish_sums(self):
+            events.append("wait")
+
+    GradientSums(Recorder(), model, flat)
+    for _ in range(2):
+        events.clear()
+        out = model(rng.standard_normal((2, 8, 8, 3)).astype(np.float32))
+        model.backward(np.ones_like(out))
+        parts = [event for event in events if isinstance(event, tuple)]
+        ends = [0]
+        for begin, end in sorted(parts):
+            assert begin == ends[-1]
+            ends.append(end)
+        assert ends[-1] == flat.size
+        assert events[-1] == "wait"
+        last_stage = flat.offsets[[p is model.layer4.layers()[0].conv1.weight for p in flat.params].index(True)]
+        sent = next(i for i, event in enumerate(events) if event in parts and event[0] <= last_stage < event[1])
+        assert events[sent:].count("a layer is done") > 15
+
+
+def test_batches_of_parts_are_those_of_one_process_and_can_be_skipped():
+    images, labels = np.arange(23 * 4).reshape(23, 2, 2, 1), np.arange(23)
+    order = np.random.default_rng(0).permutation(23)
+
+    def transform(images, index, start):
+        return images + 1000 * np.arange(start, start + len(images))[:, None, None, None]
+
+    def parts(ranks):
+        return [(x, y, ranks.total) for x, y in Batches(images, labels, order, 7, transform, ranks).skip(1)]
+
+    found = run_ranks(3, parts)
+    expected = list(Batches(images, labels, order, 7, transform).skip(1))
+    for i, (x, y) in enumerate(expected):
+        assert (np.concatenate([rank[i][0] for rank in found]) == x).all()
+        assert (np.concatenate([rank[i][1] for rank in found]) == y).all()
+        assert [rank[i][2] for rank in found] == [len(y)] * 3
+
+
+# Starting
+
+
+@pytest.mark.parametrize(("size", "rank"), launch.LAUNCHERS)
+def test_several_processes_without_mpi4py_are_told_once(monkeypatch, size, rank):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setenv(size, "3")
+    monkeypatch.setenv(rank, "0")
+    with pytest.raises(UsageError, match=r'takes mpi4py \(.*\): pip install -e "\.\[mpi\]"'):
+        launch.processes()
+    monkeypatch.setenv(rank, "1")
+    with pytest.raises(SystemExit, match="2"):
+        launch.processes()
+
+
+def test_a_single_process_asks_for_no_mpi(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    for size, _ in launch.LAUNCHERS:
+        monkeypatch.delenv(size, raising=False)
+    assert type(launch.processes()) is OneProcess
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert type(launch.processes()) is OneProcess
+    with pytest.raises(UsageError, match="mpi4py"):
+        launch.processes(distributed=True)
+
+
+# Under mpiexec
+
+
+@pytest.fixture(scope="session", params=[2, 3])
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    code, _, err = job(request.param, ROOT / "tests" / "shared_steps.py", folder)
+    assert code == 0, err
+    return folder
+
+
+@mpi
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_processes_train_as_one_does(trained, variant):
+    errors = differences(dict(np.load(trained / f"{variant}.npz")), train(OneProcess(), **VARIANTS[variant]))
+    assert max(errors.values()) < LIMIT, errors
+
+
+@mpi
+def test_sums_are_the_same_bits_in_all_processes_and_each_time(trained):
+    assert (trained / "digest").read_text() == (trained / "digest of the second time").read_text()
+
+
+@mpi
+@pytest.mark.slow
+def test_a_run_of_processes_is_that_of_one_and_can_be_resumed(tmp_path):
+    """The same number gives the same bits, also when it was stopped; another number gives other last digits."""
+    script = ROOT / "examples" / "train_cifar.py"
+    runs = {}
+    for name, ranks in (("one", 1), ("two", 2), ("two again", 2), ("three", 3)):
+        code, out, err = job(ranks, script, *TINY, "--out", tmp_path / name)
+        assert code == 0, err
+        runs[name] = content(tmp_path / name)
+        assert out.count("test loss") == 1
+    assert runs["two"] == runs["two again"] != runs["one"]
+    expected_loss = float(runs["one"]["log.csv"][0]["train_loss"])
+    for name in ("two", "three"):  # rounding alone, of 1e-6; where it carries a number across a ReLU's 0, of 1e-2
+        assert float(runs[name]["log.csv"][0]["train_loss"]) == pytest.approx(expected_loss, rel=1e-5)
+        assert relative_error(weights(runs[name]), weights(runs["one"])) < 0.05
+    for ranks, same in ((2, "two"), (3, None)):
+        folder = tmp_path / f"stopped {ranks}"
+        process = start(2, script, *TINY, "--out", folder)
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        code, out, err = finish(process)
+        assert code == 143, err
+        assert err.count("ending after this step") == 1
+        command = re.search(r"to resume:\n    mpiexec -n 2 (.*)", out)[1]
+        assert command.endswith(f"--resume {folder}") or command.endswith(f"--resume '{folder}'")
+        code, out, err = job(ranks, script, "--resume", folder)
+        assert code == 0, err
+        assert ("processes 2 then, 3 now" in err) == (ranks == 3)
+        assert content(folder).keys() == runs["two"].keys()
+        assert (content(folder) == runs["two"]) == (same == "two")
+        assert json.loads((folder / "config.json").read_text())["processes"] == 2
+
+
+@mpi
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        ("MemoryError('no room')", "error: rank 1: no room; a run that had begun is in its last checkpoint"),
+        ("ValueError('odd')", "error: rank 1: ValueError: odd (--debug shows the place)"),
+        ("SystemExit(7)", "error: rank 1: exit code 7"),
+    ],
+)
+def test_an_error_in_one_process_ends_all_with_a_line_that_names_it(raised, line):
+    begun = time.monotonic()
+    code, _, err = code_job(
+        3,
+        "import numpy as np\nfrom minires.training.script import run_script\n"
+        f"def main():\n    if ranks.rank == 1: raise {raised}\n    ranks.sum(np.zeros(3))\n"
+        "run_script(main, processes)",
+    )
+    assert code == (7 if "Exit" in raised else 1)
+    assert line in err.splitlines()
+    assert err.count("error: ") == 1
+    assert time.monotonic() - begun < SECONDS / 2
+
+
+@mpi
+def test_an_error_that_nobody_catches_ends_all():
+    code, _, err = code_job(2, "import numpy as np\nif ranks.rank: raise ValueError('odd')\nranks.sum(np.zeros(3))")
+    assert code == 1
+    assert "error: rank 1: ValueError: odd" in err.splitlines()
+
+
+@mpi
+def test_an_error_of_all_processes_is_one_line():
+    code, out, err = job(3, ROOT / "examples" / "train_cifar.py", *TINY, "--out", "/")
+    assert code == 2
+    assert err.count("error:") == 1
+    assert "rank" not in err
+    assert out == ""
+    code, _, err = job(3, ROOT / "examples" / "train_cifar.py", "--epochs", "none")
+    assert code == 2
+    assert err.count("usage:") == 1
+
+
+@mpi
+def test_a_number_that_is_not_finite_names_layer_and_rank(tmp_path):
+    code, _, err = code_job(
+        2,
+        "import numpy as np, minires\nfrom minires.training import Run\n"
+        "from minires.training.script import run_script\n"
+        "def main():\n"
+        "    model, loss_function = minires.ResNet((1,), (4,)), minires.SoftmaxCrossEntropy()\n"
+        "    optimizer = minires.SGD(model.parameters(), 0.1)\n"
+        "    images = np.ones((8, 8, 8, 3), np.float32)\n"
+        "    images[6] = np.nan\n"  # which rank 1 has
+        f"    with Run({str(tmp_path / 'run')!r}, ranks=ranks) as run:\n"
+        "        run.track(model, optimizer, epochs=1, steps_per_epoch=1)\n"
+        "        ranks.distribute(model, optimizer, loss_function)\n"
+        "        batches = minires.Batches(images, np.zeros(8, int), np.arange(8), 8, ranks=ranks)\n"
+        "        for epoch in run.epochs():\n"
+        "            for x, y in run.steps(batches):\n"
+        "                loss = loss_function(model(x), y)\n"
+        "                run.check(loss)\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "run_script(main, processes)",
+    )
+    assert code == 1
+    assert "the first number that is not finite is in the output of conv1 of rank 1" in err
+    assert err.count("error:") == 1
+
+
+@mpi
+def test_ranks_on_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.delenv("MINIRES_NUM_THREADS")
+    code, out, err = code_job(2, "import minires.kernels as k\nprint(ranks.gather(k.num_threads()))")
+    assert code == 0, err
+    each = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert out == f"[{each}, {each}]\n"
+
+
+@mpi
+def test_another_launcher_than_that_of_mpi4py_is_told(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    command = [sys.executable, str(ROOT / "examples" / "train_cifar.py"), *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: this is one of 4 processes, but mpi4py's MPI \(.*\) sees 1: start them .*\n", done.stderr
+    )
+
+
+@mpi
+@pytest.mark.full
+def test_a_random_process_is_killed_at_random_moments_and_the_run_resumed(tmp_path, rng):
+    """30 of 30: the job ends within seconds, nobody is left, and the resumed run has the bits of one never killed."""
+    script = ROOT / "examples" / "train_cifar.py"
+    began = time.monotonic()
+    assert job(2, script, *TINY, "--out", tmp_path / "whole", "--checkpoint-every", "0.002")[0] == 0
+    whole, seconds = content(tmp_path / "whole"), time.monotonic() - began
+    for i in range(30):
+        folder = tmp_path / str(i)
+        process = start(2, script, *TINY, "--out", folder, "--checkpoint-every", "0.002")
+        line = process.stdout.readline()
+        pids = [int(pid) for pid in re.search(r"processes ([\d, ]+)", line)[1].split(",")]
+        time.sleep(rng.uniform(0, 0.6 * seconds))
+        killed = pids[rng.integers(2)]
+        try:
+            os.kill(killed, signal.SIGKILL)
+        except ProcessLookupError:
+            assert finish(process)[0] == 0  # it had ended
+        else:
+            began = time.monotonic()
+            code, _, err = finish(process)
+            assert code in (0, 9, 137), err
+            assert time.monotonic() - began < 10
+            assert code == 0 or f"PID {killed} " in err
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        code, _, err = job(2, script, "--resume", folder)
+        assert code == 0, err
+        assert content(folder) == whole
