@@ -68,7 +68,7 @@ def train(args, run):
         return loss
 
     if recorded:
-        forward_and_backward = gpu.replay(forward_and_backward)
+        forward_and_backward = gpu.replay(forward_and_backward, also=lambda: run.ranks.total)
 
     # The loop
     for epoch in run.epochs():

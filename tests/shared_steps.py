@@ -13,6 +13,7 @@ import numpy as np
 import minires
 from minires import cifar10
 from minires.augment import cutout, normalize, random_crop, random_flip
+from minires.backend import to_device
 from minires.batches import Batches
 from minires.evaluation import averaged_weights
 from minires.training.checkpoint import training_state
@@ -48,13 +49,14 @@ def train(
     label_smoothing=0.0,
     average=False,
     local=False,
+    device="cpu",
     **options,
 ):
     """Return all that ten steps leave behind, as arrays by name, and what the test images say to it."""
     rng = np.random.default_rng(7)
     images, labels = rng.integers(0, 256, (IMAGES, 8, 8, 3), np.uint8), rng.integers(0, 10, IMAGES)
     # of each rank its own: they begin from those of rank 0
-    model = minires.ResNet((1, 1), (6, 10), dropout=dropout, batch_norm=batch_norm, seed=ranks.rank).to(dtype=dtype)
+    model = minires.ResNet((1, 1), (6, 10), dropout=dropout, batch_norm=batch_norm, seed=ranks.rank).to(device, dtype)
     loss_function = minires.SoftmaxCrossEntropy(label_smoothing)
     if adam:
         optimizer = minires.Adam(model.parameters(), lr, **options)
@@ -65,14 +67,16 @@ def train(
     if average:
         average.flat_average[...] = optimizer.flat.data
 
+    on_device = to_device(images, device), to_device(labels, device)
+
     def transform(epoch, images, index, start):
         images = random_flip(random_crop(images, 3, epoch, start, 1), 3, epoch, start)
         images = cutout(trivial_augment(images, 3, epoch, start), 3, epoch, start, 3)
         return normalize(images, cifar10.MEAN, cifar10.STD, dtype)
 
     def batches(epoch):
-        order = np.random.default_rng([3, epoch]).permutation(IMAGES)
-        return Batches(images, labels, order, batch_size, functools.partial(transform, epoch), ranks)
+        order = to_device(np.random.default_rng([3, epoch]).permutation(IMAGES), device)
+        return Batches(*on_device, order, batch_size, functools.partial(transform, epoch), ranks)
 
     losses = []
     for epoch in range(STEPS):

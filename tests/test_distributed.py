@@ -3,6 +3,8 @@
 Ranks are threads in some tests, and processes under mpiexec in those that need mpi4py.
 """
 
+import ctypes
+import inspect
 import json
 import os
 import pathlib
@@ -11,13 +13,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import numpy as np
 import pytest
 from conftest import relative_error
 from kill_and_resume import content
-from shared_steps import VARIANTS, train
+from shared_steps import STEPS, VARIANTS, train
 from threaded_mpi import run_ranks
 
 import minires
@@ -27,6 +31,7 @@ from minires.training import launch
 from minires.training.distributed import OneProcess, RanksDifferError
 from minires.training.folder import UsageError
 from minires.training.gradients import GradientSums
+from minires.training.nccl import NCCL
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ["--data", "sample", "--channels", "4", "4", "4", "4", "--blocks", "1", "1", "1", "1", "--batch-size", "6"]
@@ -226,6 +231,140 @@ def test_batches_of_parts_are_those_of_one_process_and_can_be_skipped():
         assert [rank[i][2] for rank in found] == [len(y)] * 3
 
 
+# NCCL, on arrays that refuse to mix with NumPy's
+
+
+# CuPy 14.2's own words, from the first lines of its docstrings
+NCCL_SIGNATURES = {
+    "__init__": "NcclCommunicator(int ndev, bytes commId, int rank, NcclConfig config=None)",
+    "allReduce": "NcclCommunicator.allReduce(self, intptr_t sendbuf, intptr_t recvbuf, size_t count, int datatype, "
+    "int op, intptr_t stream)",
+}
+
+
+def test_the_signatures_of_nccl_are_those_of_the_installed_cupy():
+    nccl = pytest.importorskip("cupy.cuda.nccl", reason='pip install -e ".[nccl]" brings CuPy with NCCL')
+    assert nccl.NcclCommunicator.__doc__.splitlines()[0] == NCCL_SIGNATURES["__init__"]
+    assert nccl.NcclCommunicator.allReduce.__doc__.splitlines()[0] == NCCL_SIGNATURES["allReduce"]
+    assert {"NCCL_FLOAT32", "NCCL_FLOAT64", "NCCL_SUM"} <= set(dir(nccl))
+    assert isinstance(nccl.get_unique_id(), bytes | tuple)
+
+
+class Streams:
+    """Of each thread's GPU: what was asked of which stream, in order."""
+
+    def __init__(self):
+        self.log, self.ptr = [], 1
+
+    def wait_event(self, event):
+        self.log.append(("wait", event))
+
+    def record(self):
+        self.log.append(("record", event := object()))
+        return event
+
+
+@pytest.fixture
+def strict_nccl(strict_gpu, monkeypatch):
+    """CuPy's NCCL for ranks that are threads, with GPUs of StrictArrays: it adds where the addresses point."""
+    here = threading.local()
+
+    class Communicator:
+        def __init__(self, *arguments):
+            inspect.Signature([parameter(p) for p in ("ndev", "commId", "rank")]).bind(*arguments)
+            self.count, self.identity, self.rank = arguments
+            assert self.identity == "the id of rank 0"
+
+        def allReduce(self, *arguments):  # noqa: N802
+            names = re.findall(r"(\w+)[,)]", NCCL_SIGNATURES["allReduce"])[1:]
+            given = inspect.Signature([parameter(name) for name in names]).bind(*arguments).arguments
+            assert all(type(value) is int for value in given.values())
+            assert given["sendbuf"] == given["recvbuf"]
+            number = {7: ctypes.c_float, 8: ctypes.c_double}[given["datatype"]]
+            array = np.ctypeslib.as_array((number * given["count"]).from_address(given["recvbuf"]))
+            here.ranks.world.Allreduce(None, array)
+            streams = {stream.ptr: stream for stream in (here.main, here.beside)}
+            streams[given["stream"]].log.append(("sum", given["count"]))
+
+    def parameter(name):
+        return inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
+
+    def stream(non_blocking):
+        assert non_blocking
+        here.beside = Streams()
+        here.beside.ptr = 2
+        return here.beside
+
+    nccl = types.SimpleNamespace(
+        NcclCommunicator=Communicator,
+        get_unique_id=lambda: f"the id of rank {here.ranks.rank}",
+        NCCL_FLOAT32=7,
+        NCCL_FLOAT64=8,
+        NCCL_SUM=0,
+    )
+    monkeypatch.setitem(sys.modules, f"{strict_gpu.__name__}.cuda.nccl", nccl)
+    cuda = types.SimpleNamespace(Stream=stream, get_current_stream=lambda: here.main)
+    cuda.Device = lambda: types.SimpleNamespace(pci_bus_id=here.gpu)
+    cuda.runtime = types.SimpleNamespace(getDeviceCount=lambda: 1)
+    monkeypatch.setattr(strict_gpu, "cuda", cuda, raising=False)
+
+    def on_gpus(function, share=False):
+        def work(ranks):
+            here.ranks, here.main, here.gpu = ranks, Streams(), 0 if share else ranks.rank
+            ranks.nccl = NCCL(ranks)
+            return function(ranks, here)
+
+        return run_ranks(2, work)
+
+    return on_gpus
+
+
+def test_two_ranks_on_nccl_train_as_one_process(strict_nccl):
+    """Forward, backward, loss, statistics and the step, on arrays that no host array may touch."""
+    logs = []
+
+    def on_device(ranks, here):
+        found = train(ranks, adam=True, lr=1e-3, dropout=0.4, device="gpu")
+        logs.append((here.main.log, here.beside.log))
+        return found
+
+    results = strict_nccl(on_device)
+    expected = train(OneProcess(), adam=True, lr=1e-3, dropout=0.4)
+    assert max(differences(results[0], expected).values()) < LIMIT
+    assert all((results[0][name] == results[1][name]).all() for name in expected)
+    for main, beside in logs:
+        kinds = [kind for kind, _ in beside]
+        assert kinds[:2] == ["wait", "sum"]  # a bucket waits for its gradients
+        recorded = {event for kind, event in main + beside if kind == "record"}
+        assert all(event in recorded for kind, event in main + beside if kind == "wait")
+        assert [kind for kind, _ in main].count("wait") == STEPS  # the optimizer waits for the buckets, once a step
+        assert [kind for kind, _ in main].count(
+            "sum"
+        ) > STEPS  # BatchNorm and the loss, in the order of the computation
+
+
+def test_more_processes_than_gpus_are_refused(strict_nccl):
+    with pytest.raises(
+        UsageError, match="more processes than GPUs on here: start at most 1 there, or add --device cpu"
+    ):
+        strict_nccl(lambda ranks, here: None, share=True)
+
+
+@mpi
+@pytest.mark.gpu
+def test_a_run_on_nccl_with_one_rank_is_that_without(tmp_path):
+    """The step stays a recorded one, and a sum over one process changes nothing but for the order of two roundings."""
+    script = [sys.executable, str(ROOT / "examples" / "train_cifar.py"), "--data", "sample", "--epochs", "2"]
+    found = {}
+    for name, flags in (("alone", []), ("nccl", ["--distributed"])):
+        command = [*script, "--device", "gpu", "--batch-size", "100", "--out", str(tmp_path / name), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0, done.stderr
+        found[name] = content(tmp_path / name)
+    losses = [[float(row["train_loss"]) for row in found[name]["log.csv"]] for name in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 # Starting
 
 
@@ -420,10 +559,10 @@ def test_a_random_process_is_killed_at_random_moments_and_the_run_resumed(tmp_pa
             assert finish(process)[0] == 0  # it had ended
         else:
             began = time.monotonic()
-            code, _, err = finish(process)
+            code, out, err = finish(process)
             assert code in (0, 9, 137), err
             assert time.monotonic() - began < 10
-            assert code == 0 or f"PID {killed} " in err
+            assert code == 0 or f"PID {killed} " in out + err  # MPICH says it
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)

@@ -576,7 +576,7 @@ def average_update(average, param, decay):
 # Recording
 
 
-def replay(function):
+def replay(function, also=lambda: None):
     """Return a function that does what `function` does, from the third call on by a single launch.
 
     Why         A training step is 200 short launches, and Python takes longer to ask for them than a GPU to carry them
@@ -584,7 +584,7 @@ def replay(function):
 
     The first call with arrays of some shapes runs as it is (kernels are compiled, memory is asked for), the second one
     records, and those that follow replay with the arrays' values of the moment. What the function returns is written
-    over by the next call.
+    over by the next call. Of what `also` returns, as of the shapes, each value has a recording of its own.
 
     Limits      Python itself runs no more: a number that changes has to be an array, and whether the model trains, its
                 momenta and the like stay what they were. What the function works on must stay where it is: make a new
@@ -595,7 +595,7 @@ def replay(function):
 
     @functools.wraps(function)
     def call(*arrays):
-        key = (_precision, *((array.shape, str(array.dtype)) for array in arrays))
+        key = (_precision, also(), *((array.shape, str(array.dtype)) for array in arrays))
         if key not in recordings:
             recordings[key] = None
             return function(*arrays)

@@ -44,10 +44,10 @@ class RanksDifferError(RuntimeError):
 class OneProcess:
     """A single process, which has all of each batch: nothing is exchanged."""
 
-    rank, size = 0, 1
+    rank, size, total = 0, 1, None
 
     def __bool__(self):
-        return False  # as None, which those have in its place who know of a single process only
+        return type(self) is not OneProcess  # which is as good as None, and layers have None
 
     def distribute(self, model, optimizer, loss_function, local_batch_norm=False):
         """Let forward, backward and loss be those of the whole batch, and the weights those of rank 0.
@@ -94,11 +94,6 @@ class OneProcess:
 class Processes(OneProcess):
     """The processes of MPI.COMM_WORLD. `total` is the number of images in the batch at hand, in all processes."""
 
-    total = None
-
-    def __bool__(self):
-        return True
-
     def __init__(self, mpi):
         self.mpi, self.world = mpi, mpi.COMM_WORLD
         self.rank, self.size = self.world.rank, self.world.size
@@ -127,9 +122,7 @@ class Processes(OneProcess):
                 cupy.cuda.Device(self.neighbours.rank % cupy.cuda.runtime.getDeviceCount()).use()
         device = backend.choose_device(device)
         if len(set(devices := self.gather(device))) > 1:
-            raise UsageError(
-                f"the processes have different devices, by rank {', '.join(devices)}: name one by --device"
-            )
+            raise UsageError(f"by rank, the devices are {', '.join(devices)}: name one for all by --device")
         if device == "gpu":
             self.nccl = NCCL(self)
         return device
@@ -168,8 +161,7 @@ class Processes(OneProcess):
         moments[1] += moments[0] ** 2
         mean_of_all, squares = self.sum(moments * self.share(len(x)))
         var_of_all = array_module(x).maximum(squares - mean_of_all**2, 0)
-        rows = self.total * math.prod(x.shape[1:-1])
-        return mean_of_all.astype(mean.dtype), var_of_all.astype(var.dtype), rows
+        return mean_of_all.astype(mean.dtype), var_of_all.astype(var.dtype), self.total * math.prod(x.shape[1:-1])
 
     def shares(self, x, *sums):
         """Return sums over all rows of the batch, times the share of the rows that x has."""
@@ -219,8 +211,7 @@ class Processes(OneProcess):
             except Exception as raised:
                 error = raised
         told = self.world.bcast((result, error))
-        if self.rank:
-            result, error = told
+        result, error = told if self.rank else (result, error)
         if error:
             raise error
         return result

@@ -3,7 +3,9 @@
 Source      NVIDIA's documentation of NCCL; of CuPy, `cupy.cuda.nccl`
 """
 
-from minires.backend import gpu_library
+import importlib
+
+from minires import backend
 from minires.training.folder import UsageError
 
 
@@ -11,11 +13,12 @@ class NCCL:
     """Sums on GPUs, by NCCL: in the order of the computation, or beside it."""
 
     def __init__(self, ranks):
-        cupy = gpu_library()
+        cupy = backend.gpu_library()
         try:
-            from cupy.cuda import nccl
-        except ImportError as error:
-            raise UsageError(f'several GPUs need NCCL ({error}): pip install -e ".[nccl]"') from error
+            nccl = importlib.import_module(f"{cupy.__name__}.cuda.nccl")
+            identity = ranks.first(nccl.get_unique_id)
+        except (ImportError, AttributeError) as error:  # AttributeError: CuPy's own stand-in for what is missing
+            raise UsageError(f'to train on several GPUs takes NCCL ({error}): pip install -e ".[nccl]"') from error
         device = cupy.cuda.Device()
         gpus = ranks.gather((ranks.mpi.Get_processor_name(), device.pci_bus_id))
         if gpus.count(gpus[ranks.rank]) > 1:
@@ -23,7 +26,6 @@ class NCCL:
                 f"there are more processes than GPUs on {gpus[ranks.rank][0]}: start at most "
                 f"{cupy.cuda.runtime.getDeviceCount()} there, or add --device cpu"
             )
-        identity = ranks.world.bcast(nccl.get_unique_id() if ranks.rank == 0 else None)
         self.communicator = nccl.NcclCommunicator(ranks.size, identity, ranks.rank)
         self.types = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
         self.add, self.cuda = nccl.NCCL_SUM, cupy.cuda
