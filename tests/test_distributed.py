@@ -54,11 +54,12 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("MINIRES_NUM_THREADS", "1")  # ranks that are threads would set it for all
 
 
-def start(ranks, *words, **options):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests' / 'without_pictures'}:{ROOT}:{ROOT / 'tests'}"}
+def start(ranks, *words, pictures=False):
+    path = [ROOT, ROOT / "tests"] if pictures else [ROOT / "tests" / "without_pictures", ROOT, ROOT / "tests"]
+    environment = {**os.environ, "PYTHONPATH": ":".join(map(str, path))}
     command = [MPIEXEC, "-n", str(ranks), sys.executable, *map(str, words)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT, **options
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
 
 
@@ -229,6 +230,50 @@ def test_batches_of_parts_are_those_of_one_process_and_can_be_skipped():
         assert (np.concatenate([rank[i][0] for rank in found]) == x).all()
         assert (np.concatenate([rank[i][1] for rank in found]) == y).all()
         assert [rank[i][2] for rank in found] == [len(y)] * 3
+
+
+# What is told of it
+
+
+def test_the_model_of_scaling_is_one_alone_and_falls_with_the_number_of_processes():
+    import scaling
+
+    assert scaling.network()[0] == 4 * 4_977_226
+    assert len(scaling.network()[1]) == 28
+    for machine in scaling.MACHINES:
+        for batch in (128, 8192):
+            weak = [scaling.efficiency(machine, n, batch, batch) for n in scaling.PROCESSES]
+            strong = [scaling.efficiency(machine, n, batch / n, batch) for n in scaling.PROCESSES]
+            for row in (weak, strong):
+                assert row[0] == 1
+                assert row == sorted(row, reverse=True)
+            assert strong < weak
+    *_, shared, local = scaling.MACHINES
+    assert scaling.efficiency(local, 64, 128, 128) > scaling.efficiency(shared, 64, 128, 128)
+
+
+def test_the_timeline_needs_several_processes():
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "ranks.py")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: a timeline is that of several processes: mpiexec -n 2 python examples/ranks.py\n"
+
+
+@mpi
+@pytest.mark.slow
+def test_the_benchmark_compares_processes_and_a_picture_shows_a_step(tmp_path):
+    words = ["--ranks", "2", "--rounds", "1", "--steps", "1", "--batch-size", "4"]
+    command = [sys.executable, str(ROOT / "examples" / "benchmark.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^2 processes of 1 thread +\d+\.\d .* \(\d\.\d\d to \d\.\d\d\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"gradients +19\.91 MB in 7 sums: \d+\.\d ms where nothing hides them", done.stdout)
+    assert re.search(r"BatchNorm and the loss +0\.10 MB in 29 sums", done.stdout)
+    pytest.importorskip("matplotlib")
+    words = [ROOT / "examples" / "ranks.py", tmp_path / "timeline.svg", "--batch-size", "4"]
+    code, out, err = finish(start(2, *words, pictures=True))
+    assert code == 0, err
+    assert out.startswith(f"{tmp_path / 'timeline.svg'}: a step of ")
+    assert "a sum of gradients is on its way" in (tmp_path / "timeline.svg").read_text()
 
 
 # NCCL, on arrays that refuse to mix with NumPy's

@@ -577,7 +577,15 @@ def test_a_run_that_is_still_being_made_is_left_alone(tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-EVERY_SCRIPT = ["ablation.py", "augmentations.py", "benchmark.py", "evaluate.py", "gradcheck.py", "predict.py"]
+EVERY_SCRIPT = [
+    "ablation.py",
+    "augmentations.py",
+    "benchmark.py",
+    "evaluate.py",
+    "gradcheck.py",
+    "predict.py",
+    "ranks.py",
+]
 
 
 @pytest.mark.parametrize("script", EVERY_SCRIPT)
