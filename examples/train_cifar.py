@@ -30,11 +30,10 @@ from minires import cifar10
 from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip
 from minires.backend import memory_shortage, to_device
 from minires.batches import Batches
-from minires.evaluation import averaged_weights
+from minires.evaluation import averaged_weights, evaluate
 from minires.kernels import gpu
 from minires.training import Run, UsageError, load_model
 from minires.training.arguments import read_data
-from minires.training.distributed import evaluate
 from minires.training.launch import processes
 from minires.training.output import draw
 from minires.training.script import run_script
@@ -216,7 +215,7 @@ def validate(args, run, data, model):
 
 
 def measure(model, images_and_labels, run, tta=False):
-    settings = {"tta": tta, "stop": run.stop_if_asked, "ranks": run.ranks}
+    settings = {"tta": tta, "stop": run.stop_if_asked, "predict": run.ranks.predict_logits}
     return evaluate(model, *images_and_labels, cifar10.MEAN, cifar10.STD, **settings)
 
 

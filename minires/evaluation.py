@@ -97,20 +97,13 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     return np.concatenate(logits)
 
 
-def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None):
+def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None, *, predict=predict_logits):
     """Return the mean loss and the accuracy over all the images, as Python floats.
 
     Shapes      images (N, H, W, 3) uint8, labels (N,) on the host
-    Args        tta, stop: see `predict_logits`
+    Args        tta, stop: see `predict_logits`; predict: another function that does what `predict_logits` does
     """
-    return loss_and_accuracy(predict_logits(model, images, mean, std, batch_size, tta, stop), labels)
-
-
-def loss_and_accuracy(logits, labels):
-    """Return the mean loss and the share of right answers, as Python floats.
-
-    Shapes      logits (N, K), labels (N,) on the host
-    """
+    logits = predict(model, images, mean, std, batch_size, tta, stop)
     return float(SoftmaxCrossEntropy().forward(logits, labels)), float((logits.argmax(axis=1) == labels).mean())
 
 

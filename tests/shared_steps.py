@@ -15,9 +15,8 @@ from minires import cifar10
 from minires.augment import cutout, normalize, random_crop, random_flip
 from minires.backend import to_device
 from minires.batches import Batches
-from minires.evaluation import averaged_weights
+from minires.evaluation import averaged_weights, evaluate
 from minires.training.checkpoint import training_state
-from minires.training.distributed import evaluate
 from minires.training.launch import processes
 from minires.trivial_augment import trivial_augment
 
@@ -96,7 +95,16 @@ def train(
     with averaged_weights(average, model, (x for x, _ in batches(STEPS))):
         for tta in (False, True):
             found[f"measured {tta}"] = np.array(
-                evaluate(model, images, labels, cifar10.MEAN, cifar10.STD, batch_size=4, tta=tta, ranks=ranks)
+                evaluate(
+                    model,
+                    images,
+                    labels,
+                    cifar10.MEAN,
+                    cifar10.STD,
+                    batch_size=4,
+                    tta=tta,
+                    predict=ranks.predict_logits,
+                )
             )
         found |= {f"evaluated {name}": array for name, array in model.state_dict().items()}
     return found

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from minires import ResNet, evaluation, kernels
-from minires.training import CheckpointError, Interrupted, Run, UsageError, distributed, load_model, output, storage
+from minires.training import CheckpointError, Interrupted, Run, UsageError, load_model, output, storage
 from minires.training.checkpoint import CHECKPOINT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
 from minires.training.folder import check_space, locked, new_folder
 from minires.training.script import explain
@@ -233,7 +233,7 @@ def test_stopped_after_every_step(begin, go_on, whole, tmp_path, monkeypatch):
 def test_stopped_in_validation_or_in_the_test(begin, go_on, whole, tmp_path, monkeypatch, capsys, batch):
     original = evaluation.predict_logits.__defaults__
     monkeypatch.setattr(evaluation.predict_logits, "__defaults__", (10, *original[1:]))
-    monkeypatch.setattr(distributed.evaluate, "__defaults__", (10, *original[1:]))  # three batches instead of one
+    monkeypatch.setattr(evaluation.evaluate, "__defaults__", (10, *original[1:]))  # three batches instead of one
     with monkeypatch.context() as patch:
         stop_at_batch(patch, 3 * batch + 1)
         assert begin() == 143

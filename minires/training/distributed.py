@@ -28,7 +28,7 @@ import numpy as np
 
 from minires import backend
 from minires.backend import array_module, to_numpy
-from minires.evaluation import loss_and_accuracy, predict_logits
+from minires.evaluation import predict_logits
 from minires.kernels import num_threads, set_num_threads
 from minires.layers import BatchNorm2d, Dropout
 from minires.module import Parameter
@@ -90,6 +90,10 @@ class OneProcess:
     def same_statistics(self, model):
         """With local BatchNorm, let all have the running statistics of rank 0."""
 
+    def predict_logits(self, *args, **options):
+        """See `minires.predict_logits`; each process does its share of the images, and has the logits of all."""
+        return predict_logits(*args, **options)
+
 
 class Processes(OneProcess):
     """The processes of MPI.COMM_WORLD. `total` is the number of images in the batch at hand, in all processes."""
@@ -131,8 +135,7 @@ class Processes(OneProcess):
 
     @property
     def start(self):
-        """The position in the batch of the first image that this process has."""
-        return self.part(self.total).start
+        return self.part(self.total).start  # the position in the batch of the first image that this process has
 
     def share(self, count):
         """Return which share of the batch the `count` images are that this process has."""
@@ -235,15 +238,13 @@ class Processes(OneProcess):
         if self.local_batch_norm:
             self._broadcast(value for _, value in model.named_state() if not isinstance(value, Parameter))
 
-
-def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None, *, ranks):
-    """See `minires.evaluate`; `ranks` share the images, and loss and accuracy are those over all of them."""
-    ranks.same_statistics(model)
-    logits = []
-    for start in range(0, len(images), batch_size * ranks.size):
-        stop()
-        batch = images[start : start + batch_size * ranks.size]
-        batch = batch[ranks.part(len(batch))]
-        parts = ranks.gather(predict_logits(model, batch, mean, std, batch_size, tta) if len(batch) else None)
-        logits += [part for part in parts if part is not None]
-    return loss_and_accuracy(np.concatenate(logits), labels)
+    def predict_logits(self, model, images, mean, std, batch_size=200, tta=False, stop=lambda: None):
+        self.same_statistics(model)
+        logits = []
+        for start in range(0, len(images), batch_size * self.size):
+            stop()  # as often in each process
+            batch = images[start : start + batch_size * self.size]
+            batch = batch[self.part(len(batch))]
+            parts = self.gather(predict_logits(model, batch, mean, std, batch_size, tta) if len(batch) else None)
+            logits += [part for part in parts if part is not None]
+        return np.concatenate(logits)

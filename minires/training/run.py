@@ -335,9 +335,8 @@ class Run:
                 f"the run in {self.folder} has done {self.step} steps in {len(self.history)} epochs and a part, which "
                 f"have not {self.steps_per_epoch} steps each: resume it with the data and batches that it began with"
             )
-        self.seen = position["seen"]
-        if self.ranks.rank == 0:  # of the others, the sums begin at 0
-            self.sums[0], self.sums[1] = position["loss_sum"], position["correct"]
+        self.seen, self.sums[0], self.sums[1] = position["seen"], position["loss_sum"], position["correct"]
+        self.sums *= self.ranks.rank == 0  # which has the sums of all; those of the others begin at 0
         self.optimizer.lr = position.get("lr", self.optimizer.lr)
         self._started -= position["seconds"]
         self._epoch_started -= position["epoch_seconds"]
