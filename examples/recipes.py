@@ -106,7 +106,16 @@ RECIPES = {
 }
 NO_AUGMENT = {"crop": 0, "flip": "none", "cutout": 0, "trivial_augment": False}
 MAY_BE_NONE = ("precision", "data", "limit_batches", "clip")
-FREE_IN_A_RESUMED_RUN = ("device", "data", "checkpoint_every", "resume", "out", "debug")  # no result depends on them
+FREE_IN_A_RESUMED_RUN = (
+    "device",
+    "data",
+    "checkpoint_every",
+    "distributed",
+    "resume",
+    "out",
+    "debug",
+)  # no result depends on them
+NO_SETTINGS = ("resume", "out", "debug", "distributed")  # are not in config.json, or not as flags
 SETTINGS_OF_EVERY_RUN = ("seed", "blocks", "epochs", "batch_size")  # others may be younger than the run
 
 
@@ -150,6 +159,13 @@ def make_parser():
     add("--no-augment", action="store_true", help="no crop, flip, cutout and TrivialAugment but what is given")
     add("--checkpoint-every", type=not_negative, default=10, metavar="MINUTES", help="default 10; 0: after each step")
     add("--resume", type=folder, metavar="RUN_FOLDER", help="resume a run, with the flags it was begun with")
+    add("--distributed", action="store_true", help="take MPI also where no mpiexec or srun is seen")
+    add(
+        "--local-batch-norm",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="each of several processes normalises by the statistics of its own part of a batch",
+    )
     add("--debug", action="store_true", help="errors with a traceback; on a GPU a look for NaN at each step")
     add("--recipe", choices=list(RECIPES), default="report", help="sets all that follows; default report")
 
@@ -264,7 +280,7 @@ def checked(config, folder):
     parser.error = refuse
     parser.set_defaults(**RECIPES["report"])
     config = vars(parser.parse_args([])) | config  # a run from before an ingredient was added has its default
-    names = [name for name in vars(parser.parse_args([])) if name in config and name not in ("resume", "out", "debug")]
+    names = [name for name in vars(parser.parse_args([])) if name in config and name not in NO_SETTINGS]
     flags = []
     for name in names:
         flag, value = f"--{name.replace('_', '-')}", config[name]

@@ -7,7 +7,7 @@ import pytest
 
 recipes = pytest.importorskip("recipes")
 ROOT = pathlib.Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "examples/README.md", "examples/RESULTS.md"]
+DOCUMENTS = ["README.md", "examples/README.md", "examples/RESULTS.md", "examples/DISTRIBUTED.md"]
 each_document = pytest.mark.parametrize("document", DOCUMENTS)
 
 

@@ -247,7 +247,9 @@ def test_the_test_is_that_of_the_best_weights(in_process, monkeypatch):
     """Let validation say that the first epoch was the better one, and see which weights the test is given."""
     import train_cifar
 
-    measured, predict_logits = [], train_cifar.predict_logits
+    from minires.training import distributed
+
+    measured, predict_logits = [], distributed.predict_logits
 
     def measure(model, *_, **__):
         measured.append(model.state_dict())
@@ -258,7 +260,7 @@ def test_the_test_is_that_of_the_best_weights(in_process, monkeypatch):
         return predict_logits(model, *args, **kwargs)
 
     monkeypatch.setattr(train_cifar, "evaluate", measure)
-    monkeypatch.setattr(train_cifar, "predict_logits", predict)
+    monkeypatch.setattr(distributed, "predict_logits", predict)
     folder = in_process(*SMALL_RUN)
     first, second, test = measured
     assert all((test[name] == first[name]).all() for name in test)
@@ -587,7 +589,7 @@ def test_a_run_that_is_still_being_made_is_left_alone(tmp_path):
 
 
 EVERY_SCRIPT = ["ablation.py", "augmentations.py", "benchmark.py", "evaluate.py", "gradcheck.py", "predict.py"]
-EVERY_SCRIPT += ["report.py"]
+EVERY_SCRIPT += ["ranks.py", "report.py"]
 
 
 @pytest.mark.parametrize("script", EVERY_SCRIPT)

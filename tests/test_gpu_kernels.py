@@ -325,6 +325,11 @@ def test_dropout_draws_the_bits_of_the_host(xp, rng, dtype):
     np.testing.assert_array_equal(actual == 0, expected == 0)
     assert_close([actual], expected, BOUNDS[dtype])
     assert_close(call(xp, gpu.dropout_backward, x, 0.3, key, step, dtype=dtype), expected, BOUNDS[dtype])
+    for start in range(1, 6):  # x is a part of a batch
+        expected = reference.dropout_forward(x, 0.3, key, step, start)
+        (actual,) = call(xp, gpu.dropout_forward, x, 0.3, key, step, start, dtype=dtype)
+        np.testing.assert_array_equal(actual == 0, expected == 0)
+        assert_close([actual], expected, BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

@@ -84,17 +84,18 @@ def sum_over_rows(x):
     return x.sum(axis=tuple(range(x.ndim - 1)), dtype="float64").astype(x.dtype)
 
 
-def dropout_forward(x, p, key, step):
+def dropout_forward(x, p, key, step, start=0):
     """Set each element to 0 with probability p, and scale the others so that the expected value stays the same.
 
     Forward     out = x * mask / (1 - p), where mask is 1 with probability 1 - p, else 0
 
-    Args        key, step: what the mask is drawn from (see rng.py): the same key and step draw the same mask
+    Args        key, step: what the mask is drawn from (see rng.py): the same key and step draw the same mask; start:
+                where x begins, if it is a part of an array for which the mask is drawn: elements before it
     """
-    return x * dropout_mask(x, p, key, step)
+    return x * dropout_mask(x, p, key, step, start)
 
 
-def dropout_backward(dout, p, key, step):
+def dropout_backward(dout, p, key, step, start=0):
     """Send the gradient of `dropout_forward` back to x.
 
     Backward    dx = dout * mask / (1 - p), with the forward's mask
@@ -102,16 +103,17 @@ def dropout_backward(dout, p, key, step):
     Why         Given the mask, dropout multiplies every element by a constant. The mask is a function of key and step,
                 so it is drawn again rather than kept.
     """
-    return dout * dropout_mask(dout, p, key, step)
+    return dout * dropout_mask(dout, p, key, step, start)
 
 
-def dropout_mask(x, p, key, step):
+def dropout_mask(x, p, key, step, start=0):
     """Draw 0 with probability p and 1 / (1 - p) otherwise, for each element of x.
 
     Four neighbours in memory share one counter and take one word each.
     """
     xp = array_module(x)
-    words = random_words(-(-x.size // 4), key, step, xp=xp).reshape(-1)[: x.size]  # uint32
+    first, end = start // 4, -(-(start + x.size) // 4)  # counters
+    words = random_words(end - first, key, step, xp=xp, start=first).reshape(-1)[start % 4 :][: x.size]  # uint32
     kept = (words >= int(p * 2**32)).reshape(x.shape)
     return kept.astype(x.dtype) * (1 / (1 - p))
 
@@ -406,7 +408,7 @@ def batch_norm_statistics(x):
     Shapes      x (N, H, W, C)  ->  mean (C,), var (C,)
     Source      Ioffe and Szegedy 2015, algorithm 1; var is the biased one, as there
     """
-    M = x.size // x.shape[-1]
+    M = x.size // x.shape[-1] or 1  # 1 where a process has no image of the last, short batch
     mean = sum_over_rows(x) / M  # (C,)
     centred = x - mean  # (N, H, W, C)
     return mean, sum_over_rows(centred * centred) / M
@@ -474,7 +476,7 @@ def batch_norm_backward(dout, x, weight, mean, var, eps, dweight, dbias):
     >>> dx(dout[:2], x[:2]).ravel() + 0  # M = 2: out is -1 and 1 whatever x is
     array([0., 0.])
     """
-    M = x.size // x.shape[-1]
+    M = x.size // x.shape[-1] or 1
     rstd = rsqrt(var, eps)  # (C,)
     x_hat = (x - mean) * rstd  # (N, H, W, C)
     return (dout - dbias / M - x_hat * (dweight / M)) * (weight * rstd)
