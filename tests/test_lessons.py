@@ -213,19 +213,18 @@ def test_what_there_is_to_do_can_be_done(page, root_without_files):
 
 # Pictures
 
-NEIGHBOURS, OFF = 2, 0.2  # pixels; of the range from black to white
+NEIGHBOURS, OFF = 1, 0.2  # pixels; of the range from black to white
+MARGIN = 0.08, 4  # around a text: of its width or height, and pixels
 
 
-def differing_pixels(drawn, kept):
+def differing_pixels(drawn, kept, compared):
     """Count the pixels of each picture that are darker or lighter than all that the other has around that place.
 
-    Letters and lines are a pixel further, or softer, in another version of matplotlib. A stroke that only one of the
+    Another version of matplotlib may draw a line half a pixel further, or softer. A stroke that only one of the
     pictures has stays a stroke.
 
-    Shapes      drawn, kept (H, W, 3), from 0 to 1
+    Shapes      drawn, kept (H, W, 3), from 0 to 1, compared (H, W): False where it does not matter
     """
-    if drawn.shape != kept.shape:
-        return max(drawn.size, kept.size)
     differing = np.zeros(drawn.shape[:2], bool)
     for one, other in ((drawn, kept), (kept, drawn)):
         padded = np.pad(other, ((NEIGHBOURS, NEIGHBOURS), (NEIGHBOURS, NEIGHBOURS), (0, 0)), mode="edge")
@@ -236,7 +235,31 @@ def differing_pixels(drawn, kept):
         ]
         low, high = np.min(around, axis=0) - OFF, np.max(around, axis=0) + OFF
         differing |= ((one < low) | (one > high)).any(axis=2)
-    return int(differing.sum())
+    return int((differing & compared).sum())
+
+
+def differences(pictures, figure, path, scratch):
+    """What of a figure is not in a file: its words, and everything else by its pixels.
+
+    The words themselves are compared, and their pixels are not: other versions of matplotlib set letters closer.
+    """
+    from matplotlib.image import imread
+    from PIL import Image
+
+    pictures.save(figure, scratch)
+    drawn, kept = (imread(file)[:, :, :3] for file in (scratch, path))
+    words, words_kept = (sorted(Image.open(file).text["Description"].split("\n")) for file in (scratch, path))
+    if drawn.shape != kept.shape:
+        return [f"{kept.shape} pixels where {drawn.shape} are drawn"]
+    compared = np.ones(drawn.shape[:2], bool)
+    for text in pictures.texts(figure):
+        extent = text.get_window_extent()
+        x, y = (MARGIN[0] * side + MARGIN[1] for side in (extent.width, extent.height))
+        rows = slice(max(0, int(len(drawn) - extent.y1 - y)), max(0, int(len(drawn) - extent.y0 + y)))
+        compared[rows, max(0, int(extent.x0 - x)) : max(0, int(extent.x1 + x))] = False
+    found = [f"the words {sorted(set(words) ^ set(words_kept))}"] if words != words_kept else []
+    pixels = differing_pixels(drawn, kept, compared)
+    return found + [f"{pixels} pixels"] * (pixels > 0)
 
 
 @pytest.fixture(scope="module")
@@ -247,32 +270,20 @@ def pictures():
     return pictures
 
 
-def pixels(pictures, figure, path):
-    pictures.save(figure, path)
-    return read_pixels(path)
-
-
-def read_pixels(path):
-    from matplotlib.image import imread
-
-    return imread(path)[:, :, :3]
-
-
 def test_the_pictures_are_those_that_the_code_draws(pictures, tmp_path):
     assert {path.name for path in FOLDER.glob("*.png")} == set(pictures.PICTURES)
     for name in pictures.PICTURES:
-        drawn = pixels(pictures, pictures.draw(name), tmp_path / name)
-        assert differing_pixels(drawn, read_pixels(FOLDER / name)) == 0, name
+        assert not differences(pictures, pictures.draw(name), FOLDER / name, tmp_path / name), name
 
 
 def test_a_picture_that_has_changed_is_not_the_same(pictures, tmp_path):
-    """Without any one of its lines, letters, boxes or images, in turn a few of them, a picture is another one."""
+    """Without the last of its words, lines, boxes or images, a picture is another one."""
     for name in pictures.PICTURES:
-        kept, figure = read_pixels(FOLDER / name), pictures.draw(name)
+        figure = pictures.draw(name)
         for axes in figure.axes[:2]:
             for artists in (axes.texts, axes.lines, axes.patches, axes.images, axes.collections):
                 for artist in list(artists)[-1:]:
                     artist.set_visible(False)
-                    changed = pixels(pictures, figure, tmp_path / name)
+                    found = differences(pictures, figure, FOLDER / name, tmp_path / name)
                     artist.set_visible(True)
-                    assert differing_pixels(changed, kept) > 0, f"{name} without {artist}"
+                    assert found, f"{name} without {artist}"

@@ -38,7 +38,7 @@ def arrow(axes, start, end, color, bend=0.0):
 
 def residual_block():
     """A residual block, and below it the two gradients that flow back through it and are added."""
-    figure, axes = canvas(9, 4.6)
+    figure, axes = canvas(9, 4.5)
     for row, color in ((3.1, FORWARD), (1.0, BACKWARD)):
         forward = color == FORWARD
 
@@ -160,7 +160,19 @@ def draw(name):
 
 
 def save(figure, path):
-    figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
+    """Write a PNG that also holds, as its description, the words in it."""
+    description = "\n".join(text.get_text() for text in texts(figure))
+    metadata = {"Software": None, "Description": description}  # the name of the software would change with its version
+    figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white", metadata=metadata)
+
+
+def texts(figure):
+    """Return what is written in a figure, as matplotlib's Text objects."""
+    from matplotlib.text import Text
+
+    figure.set_dpi(DOTS_PER_INCH)
+    figure.draw_without_rendering()  # which gives the axes their numbers
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
 
 
 def main():
