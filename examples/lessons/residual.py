@@ -54,6 +54,22 @@ def gradient_norms(model, images, labels):
     return np.array(norms[::-1])
 
 
+def agreement(model, images, labels, batches=6):
+    """Return the mean cosine between the gradients that batches of 100 images give to the first block's first weights.
+
+    1 if all batches say the same of how these weights should move, 0 if what one says tells nothing of the others.
+    """
+    loss_function, weight = SoftmaxCrossEntropy(), model.layer1.layers()[0].conv1.weight
+    units = []
+    for start in range(0, 100 * batches, 100):
+        weight.grad[...] = 0
+        loss_function(model(images[start : start + 100]), labels[start : start + 100])
+        model.backward(loss_function.backward())
+        units.append(weight.grad.ravel() / np.linalg.norm(weight.grad))
+    cosines = np.array(units) @ np.array(units).T  # (batches, batches), with 1 for each batch and itself
+    return (cosines.sum() - batches) / (batches * (batches - 1))
+
+
 def train(model, images, labels, seed):
     """Train, and return the mean loss of the last epoch."""
     loss_function, optimizer = SoftmaxCrossEntropy(), SGD(model.parameters(), LR)
@@ -75,12 +91,15 @@ def main():
     args = parser.parse_args()
 
     images, labels = halved_images()
+    mixed = np.random.default_rng(args.seed).permutation(len(images))
     for name, shortcut in (("plain", False), ("residual", True)):
         norms = gradient_norms(network(20, shortcut, args.seed), images[:100], labels[:100])
         print(f"{name}, gradient at blocks 1, 5, 10, 15, 20:", *(f"{norms[i - 1]:.1e}" for i in (1, 5, 10, 15, 20)))
         for start, end in ((20, 11), (10, 1)):
             growth = (norms[end - 1] / norms[start - 1]) ** (1 / (start - end))
             print(f"{name}, growth per block from {start} to {end}: {growth:.2f}")
+        agreed = agreement(network(20, shortcut, args.seed), images[mixed], labels[mixed])
+        print(f"{name}, agreement of batches in block 1: {agreed:.2f}")
 
     for name, blocks, shortcut in (("plain", 2, False), ("plain", 20, False), ("residual", 20, True)):
         loss = train(network(blocks, shortcut, args.seed), images, labels, args.seed)
