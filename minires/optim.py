@@ -291,6 +291,8 @@ class FlatParameters:
         for i in self.order:
             self.offsets[i] = self.size
             self.size += math.ceil(params[i].data.size / ALIGNMENT) * ALIGNMENT
+        vectors = [offset for p, offset in zip(params, self.offsets, strict=True) if p.data.ndim < 2]
+        self.vectors_start = min(vectors, default=self.size)
         self.data, self.grad = self.zeros(), self.zeros()
         self.data_views, self.grad_views = self.views(self.data), self.views(self.grad)
         for p, data, grad in zip(params, self.data_views, self.grad_views, strict=True):

@@ -10,9 +10,7 @@ import functools
 
 from minires.module import Parameter
 
-BUCKET = (
-    2**20
-)  # bytes of gradients at least that are summed at a time: for fewer, a message takes longer than its bytes
+BUCKET = 2**20  # bytes of gradients that are summed at a time, at least: with fewer, the number of messages counts
 
 
 class GradientSums:
@@ -29,7 +27,7 @@ class GradientSums:
         for i in sorted(range(len(flat.params)), key=flat.offsets.__getitem__, reverse=True):
             parameters.add(id(flat.params[i]))
             start = flat.offsets[i]
-            large = (end - start) * flat.dtype.itemsize >= BUCKET and start >= 0
+            large = (end - start) * flat.dtype.itemsize >= BUCKET
             if (large and end <= flat.vectors_start) or start in (0, flat.vectors_start):
                 self.buckets.append((slice(start, end), parameters))
                 end, parameters = start, set()
