@@ -28,8 +28,9 @@ PAGES = [
     "7_recipe.md",
     "8_made_fast.md",
     "9_report.md",
+    "10_photographs.md",
 ]
-NOT_WRITTEN_YET = set(PAGES[5:])
+NOT_WRITTEN_YET = set(PAGES[5:9])
 PARTS = ["Read", "Do", "Run", "Answer"]
 HEAD_OF_TABLE = "| it prints | expect | tolerance |\n|---|---|---|\n"
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
@@ -80,7 +81,7 @@ def test_the_path_is_whole():
 @each_page
 def test_a_lesson_has_its_parts_in_order_on_one_page(page):
     text = text_of(page)
-    assert re.match(rf"# {page[0]}\. \S", text)
+    assert re.match(rf"# {page.partition('_')[0]}\. \S", text)
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == PARTS
     assert len(text.splitlines()) <= LINES
     folded = re.findall(r"<details><summary>Answer</summary>\n\n.*?\n\n</details>", part_of(page, "Answer"), re.DOTALL)

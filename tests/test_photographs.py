@@ -22,7 +22,7 @@ PAGE = (ROOT / "examples" / "lessons" / "10_photographs.md").read_text("utf-8")
 def run(*args):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, SCRIPT, *map(str, args)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def lines(out):
