@@ -104,7 +104,8 @@ def test_a_constant_channel_has_no_variance(xp):
     x = np.tile(np.linspace(9876, 9877, 40, dtype=np.float32), (2, 10, 7, 1))
     mean, var = call(xp, gpu.batch_norm_statistics, x, dtype="float32")
     np.testing.assert_array_equal(mean, x[0, 0, 0])
-    np.testing.assert_array_equal(var, 0)
+    assert (var >= 0).all()
+    assert (var < 1e-12).all()  # a GPU that multiplies and adds in one rounding leaves 1e-14
 
 
 @pytest.mark.parametrize("relu", [False, True])

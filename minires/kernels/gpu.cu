@@ -281,7 +281,8 @@ __global__ void __launch_bounds__(256) batch_norm_moments(const T* x, float* par
     if (threadIdx.y == 0)
         for (int v = 0; v < V; ++v) {
             partial[(blockIdx.x * 2LL + 0) * C + c + v] = mean[v] + rest[v] * share;
-            partial[(blockIdx.x * 2LL + 1) * C + c + v] = squares[v] - rest[v] * rest[v] * share;
+            const float around_mean = squares[v] - rest[v] * rest[v] * share;
+            partial[(blockIdx.x * 2LL + 1) * C + c + v] = around_mean < 0 ? 0.f : around_mean;  // by rounding
         }
 }
 

@@ -525,6 +525,73 @@ def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_d
     param -= lr * grad
 
 
+def muon_update(weights, grads, velocities, lr, momentum=0.6, grad_scale=1.0):
+    """Turn filters by an orthogonal matrix each, and keep their norms; writes to weights and velocities.
+
+    Update      velocity = momentum velocity + grad_scale grad        g = grad_scale grad + momentum velocity
+                weight = weight sqrt(O) / |weight| - lr `orthogonalize`(g)
+
+    Why         A filter bank is a matrix, from kh kw C inputs to O outputs, and its gradient mostly a product of few
+                columns and rows, those of the inputs that are large at the moment. A step along it moves the outputs
+                in these few directions far and in all others hardly. The orthogonal matrix nearest to it has all its
+                singular values 1: of all matrices that change no output by more than a given length, it follows the
+                gradient best, and rare directions are learned as fast as common ones.
+                BatchNorm takes out the scale of a filter, so that a step of one length counts less, the longer the
+                filter has grown. The norm is therefore held at that of an orthogonal matrix, sqrt(O) for O columns, and
+                lr is the share of a filter that a step replaces. No weight decay is needed.
+
+    Shapes      weights, grads, velocities: lists of (kh, kw, C, O); velocities start at 0
+    Source      Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the norm as in Jordan's
+                "94% on CIFAR-10 in 2.59 seconds" (airbench)
+    """
+    for weight, grad, velocity in zip(weights, grads, velocities, strict=True):
+        O = weight.shape[3]
+        velocity *= momentum
+        velocity += grad_scale * grad
+        direction = orthogonalize((grad_scale * grad + momentum * velocity).reshape(-1, O))
+        weight *= O**0.5 / norm(weight)
+        weight -= lr * direction.reshape(weight.shape)
+
+
+def orthogonalize(matrix, steps=3):
+    """Return about U V.T for a matrix U S V.T (singular values S): the nearest one with singular values of 1.
+
+    Forward     X = matrix / |matrix|, then `steps` times X = a X + b (X X.T) X + c (X X.T)^2 X
+
+    Why         With X = U S V.T, (X X.T) X = U S^3 V.T: a step leaves U and V as they are and maps each singular value
+                s to p(s) = a s + b s^3 + c s^5. Newton and Schulz's p, with 1.5, -0.5 and 0, converges to 1, but a
+                small s grows only by a half. This one makes it 3.4 times as large, and does not converge: after three
+                steps, all that began between 0.02 and 1 are between 0.68 and 1.21, which serves as well. |matrix|, the
+                root of the sum of squares, is at least the largest singular value; so none begins above 1.
+
+    Shapes      matrix (R, O)  ->  the same
+    Source      Jordan et al. 2024, "Muon", for the coefficients; Björck and Bowie 1971, "An iterative algorithm for
+                computing the best estimate of an orthogonal matrix"
+
+    >>> import numpy as np
+    >>> X = orthogonalize(np.array([[3.0, 0.0], [0.0, -0.5], [0.0, 0.0]]))  # singular values 3 and 0.5
+    >>> X.round(2)
+    array([[ 0.71,  0.  ],
+           [ 0.  , -0.94],
+           [ 0.  ,  0.  ]])
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = matrix / (norm(matrix) + 1e-30)  # of a gradient of 0 nothing is left
+    for _ in range(steps):
+        if X.shape[0] >= X.shape[1]:  # X X.T X = X (X.T X): the smaller of the two squares
+            square = X.T @ X
+            X = a * X + X @ (b * square + c * (square @ square))
+        else:
+            square = X @ X.T
+            X = a * X + (b * square + c * (square @ square)) @ X
+    return X
+
+
+def norm(x):
+    """The root of the sum of squares (Frobenius norm)."""
+    return array_module(x).sqrt((x * x).sum())
+
+
 def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_scale=1.0):
     """Move a parameter by about lr, whatever the scale of its gradient; writes to param, m and v.
 
