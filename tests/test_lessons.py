@@ -16,6 +16,8 @@ from course import source
 from course.catalog import COURSE, EXERCISES
 from lessons import bugs
 
+import minires
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "lessons"
 PAGES = [
@@ -294,6 +296,15 @@ def test_a_picture_that_has_changed_is_not_the_same(pictures, figures, tmp_path)
                     found = differences(pictures, figure, FOLDER / name, tmp_path / name)
                     artist.set_visible(True)
                     assert found, f"{name} without {artist}"
+
+
+def test_the_lesson_on_convolution_counts_the_filters_that_are_left():
+    model = minires.pretrained()
+    filters = np.abs(model.conv1.weight.data).reshape(-1, 64).max(axis=0)
+    gone = filters < 1e-6
+    assert (np.abs(model.bn1.weight.data[gone]) < 1e-6).all()
+    assert f"brought {gone.sum()} of them to 0" in text_of("3_convolution.md")
+    assert f"The {(~gone).sum()} that are left" in text_of("3_convolution.md")
 
 
 def test_every_picture_is_in_a_lesson(pictures):

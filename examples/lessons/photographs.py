@@ -1,9 +1,9 @@
 """Where a trained network's knowledge ends: pictures that are not like those it has learned from.
 
-    python examples/lessons/photographs.py              a cat and 500 test images, altered; pictures drawn here; what
-                                                        the network's confidence is worth
-    python examples/lessons/photographs.py --full       the last alone, measured on all 10,000 test images
-    python examples/lessons/photographs.py FILE...      the last alone, with pictures of yours in place of drawn ones
+    python examples/lessons/photographs.py              500 test images, altered; colours and noise; what the network's
+                                                        confidence is worth
+    python examples/lessons/photographs.py --full       the last two alone, with all 10,000 test images
+    python examples/lessons/photographs.py FILE...      the last two alone, with pictures of yours in place of colours
 
 The network is the one that comes with minires. Its confidence in an answer is the largest of its ten probabilities.
 
@@ -18,6 +18,7 @@ import sys
 import numpy as np
 
 from minires import cifar10
+from minires.augment import resize
 from minires.training import UsageError
 from minires.training.arguments import at_least, read_data
 from minires.training.script import run_script
@@ -26,28 +27,11 @@ from minires.training.weights import load_or_published, logits_of
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from predict import SIDE, TOP, PictureError, read_image
 
-CAT = pathlib.Path(__file__).parent.parent / "cat.jpg"
-SKY, SEA, GRASS, WHITE, GREY = (135, 190, 235), (40, 90, 140), (70, 130, 50), (255, 255, 255), (128, 128, 128)
-DARK, RED = (20, 20, 20), (200, 40, 40)
-PLACES = {"on the sea": (SKY, SEA), "in the sky": (SKY, SKY), "on a meadow": (GRASS, GRASS)}
-THINGS = {  # from back to front, on 128x128 pixels: the corners of polygons, x and y in turn, and their colours
-    "ship": [
-        ((24, 84, 116, 84, 104, 104, 36, 104), DARK),
-        ((48, 64, 92, 64, 92, 84, 48, 84), WHITE),
-        ((64, 44, 76, 44, 76, 64, 64, 64), RED),
-    ],
-    "airplane": [
-        ((8, 60, 24, 54, 100, 54, 122, 64, 100, 72, 24, 72), WHITE),
-        ((8, 60, 8, 32, 20, 32, 32, 56), RED),
-        ((48, 64, 76, 64, 52, 100, 40, 100), GREY),
-    ],
-    "truck": [
-        ((10, 40, 82, 40, 82, 88, 10, 88), WHITE),
-        ((86, 56, 104, 56, 116, 72, 116, 88, 86, 88), RED),
-        *(((x - 9, 89, x - 5, 82, x + 5, 82, x + 9, 89, x + 5, 97, x - 5, 97), DARK) for x in (24, 44, 98)),
-    ],
-}
-THRESHOLDS = 0.5, 0.6, 0.7, 0.8, 0.9
+SKY, GREY = (135, 190, 235), (128, 128, 128)
+COLOURS = {"sky": SKY, "grass": (70, 130, 50), "grey": GREY}
+SURE = 0.9
+NOISE = 25  # standard deviation, of values from 0 to 255
+THRESHOLDS = 0.5, 0.6, 0.7, 0.8, SURE
 TEMPERATURES = np.arange(0.3, 2.0, 0.01)
 BINS = 10  # of confidence
 
@@ -60,81 +44,49 @@ def main():
     parser.add_argument("--debug", action="store_true", help="errors with a traceback")
     args = parser.parse_args()
     try:
-        cat, *own = (read_image(path) for path in (CAT, *args.files))
+        strangers = {path: read_image(path) for path in args.files}  # what none of the classes is
     except PictureError as error:
         raise UsageError(str(error)) from None
     images, labels = read_data(None if args.full else "sample")[2:]  # for testing
     model, weights = load_or_published()
     rng = np.random.default_rng(args.seed)
-
-    strangers = {f"nothing {place}": draw([], *PLACES[place]) for place in PLACES}
-    strangers |= {"a white page": draw([], WHITE, WHITE), "noise": rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)}
-    strangers = dict(zip(args.files, own, strict=True)) or strangers  # what none of the classes is
-
-    def classify(images):
-        return logits_of(model, np.ascontiguousarray(images), weights)  # (N, 10)
+    if not strangers:
+        strangers = {f"nothing but {name}": np.full((SIDE, SIDE, 3), c, np.uint8) for name, c in COLOURS.items()}
+        strangers["nothing but noise"] = rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
     if not (args.full or args.files):
-        for how, altered in views(np.concatenate([cat[np.newaxis], images]), rng):
-            logits = classify(altered)
-            answers = logits[1:].argmax(axis=1)
+        for how, altered in views(images, rng):
+            probabilities = softmax(logits_of(model, np.ascontiguousarray(altered), weights))
+            answers = probabilities.argmax(axis=1)
             most = np.bincount(answers).argmax()
             print(f"images {how}: {(answers == labels).mean():.1%} are right, ", end="")
-            print(f"{(answers == most).sum()} of {len(answers)} are taken for {cifar10.CLASSES[most]}")
-            tell([f"cat {how}"], logits[:1])
-        print()
-        drawn = {f"{name} {place}": draw(THINGS[name], *PLACES[place]) for name in THINGS for place in PLACES}
-        tell(drawn, classify(list(drawn.values())))
-
-    print()
-    logits = classify(list(strangers.values()))
-    tell(strangers, logits)
-    print()
-    tell_confidence(classify(images), labels, logits)
+            print(f"{(answers == most).sum()} of {len(answers)} are taken for {cifar10.CLASSES[most]}, ", end="")
+            print(f"confidence is at least {SURE:.0%} in {(probabilities.max(axis=1) >= SURE).mean():.1%}")
+    logits = logits_of(model, np.stack(list(strangers.values())), weights)
+    for name, row in zip(strangers, softmax(logits), strict=True):
+        best = [(cifar10.CLASSES[k], f"{row[k]:.1%}") for k in row.argsort()[::-1][:TOP]]
+        print(f"{name}, taken for {best[0][0]}: {best[0][1]}", *(f"{of} {p}" for of, p in best[1:]), sep=", ")
+    tell_confidence(logits_of(model, images, weights), labels, logits)
     return 0
 
 
 def views(images, rng):
     """Yield (what is done to the images, what comes out), all (N, 32, 32, 3) uint8."""
 
-    def smaller(factor):  # the mean of each square of pixels
-        squares = images.reshape(len(images), SIDE // factor, factor, SIDE // factor, factor, 3)
-        return squares.mean(axis=(2, 4)).round().astype(np.uint8)
-
     def on(ground, part, start):  # from the pixel (start, start) to the right and down
         out = np.full(images.shape, ground, np.uint8)
         out[:, start : start + part.shape[1], start : start + part.shape[2]] = part
         return out
 
+    half, quarter = resize(images, SIDE // 2), resize(images, SIDE // 4)
     yield "as they are", images
-    yield "mirrored", images[:, :, ::-1]
     yield "upside down", images[:, ::-1, ::-1]
-    yield "without colour", images.mean(axis=3, keepdims=True).round().astype(np.uint8).repeat(3, axis=3)
-    yield "moved by a quarter", on(GREY, images[:, :-8, :-8], 8)
-    yield "half as large on grass", on(GRASS, smaller(2), 8)
-    yield "half as large in the sky", on(SKY, smaller(2), 8)
-    yield "a quarter as large in a corner", on(GREY, smaller(4), 0)
-    yield "cut to the middle", images[:, 8:24, 8:24].repeat(2, axis=1).repeat(2, axis=2)
-    yield "in squares of 4 pixels", smaller(4).repeat(4, axis=1).repeat(4, axis=2)
-    yield "with noise", np.clip(images + rng.normal(0, 25, images.shape), 0, 255).astype(np.uint8)
-
-
-def draw(polygons, above, below):
-    """Return polygons on a ground of two colours: (32, 32, 3) uint8."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (128, 128), above)
-    pen = ImageDraw.Draw(image)
-    for corners, colour in [((0, 80, 128, 80, 128, 128, 0, 128), below), *polygons]:
-        pen.polygon(corners, fill=colour)
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-
-
-def tell(names, logits):
-    """Print the most probable classes of each picture, the first of them before the colon."""
-    for name, row in zip(names, softmax(logits), strict=True):
-        best = [(cifar10.CLASSES[k], f"{row[k]:.1%}") for k in row.argsort()[::-1][:TOP]]
-        print(f"{name}, taken for {best[0][0]}: {best[0][1]}", *(f"{of} {p}" for of, p in best[1:]), sep=", ")
+    yield "half as large on grey", on(GREY, half, SIDE // 4)
+    yield "half as large in the sky", on(SKY, half, SIDE // 4)
+    yield "a quarter as large in a corner of the sky", on(SKY, quarter, 0)
+    yield "of 16x16 pixels, scaled smoothly", resize(half, SIDE)
+    yield "of 16x16 pixels, each a square of four", half.repeat(2, axis=1).repeat(2, axis=2)
+    yield "with noise", np.clip(images + rng.normal(0, NOISE, images.shape), 0, 255).astype(np.uint8)
 
 
 def softmax(logits, temperature=1.0):

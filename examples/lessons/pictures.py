@@ -169,7 +169,8 @@ def filters():
     models = ("before training", minires.ResNet(seed=0)), ("after training", minires.pretrained())
     for left, (title, model) in zip((0.2, 4.2), models, strict=True):
         weight = model.conv1.weight.data.transpose(3, 0, 1, 2)  # (64, 3, 3, 3): a picture of 3x3 pixels for each filter
-        colors = 0.5 + 0.5 * weight / np.abs(weight).max(axis=(1, 2, 3), keepdims=True)  # 0 is gray
+        largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
+        colors = 0.5 + 0.5 * weight / np.maximum(largest, 1e-3)  # 0 is gray, and a filter that decay has left near 0
         tiles = np.ones((64, 4, 4, 3))  # with a white line after each
         tiles[:, :3, :3] = colors
         mosaic = tiles.reshape(8, 8, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)
