@@ -242,7 +242,7 @@ def averages_have_their_own_statistics():
 
 
 def batches_have_their_own_crops():
-    settings = {"seed": 0, "crop": 4, "flip": "none", "trivial_augment": False, "cutout": 0}
+    settings = {"seed": 0, "crop": 4, "flip": "none", "trivial_augment": False, "cutout": 0, "early_size": 0}
     images = np.tile(cifar10.load_sample().train_images[:1], (8, 1, 1, 1))
     transform, args = train_cifar().transform, types.SimpleNamespace(**settings)
     first, second = (transform(args, 1, "float32", images, np.arange(8), start) for start in (0, 8))
