@@ -15,6 +15,7 @@ from minires.summary import summary
 from minires import augment
 from minires.batches import Batches
 from minires.evaluation import evaluate, predict_logits
+from minires.folding import fold_batch_norm
 from minires import cifar10
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ __all__ = [  # noqa: RUF022
     "Batches",
     "evaluate",
     "predict_logits",
+    "fold_batch_norm",
     "cifar10",
     "pretrained",
 ]

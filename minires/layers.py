@@ -312,13 +312,16 @@ class Conv2d(Module):
         self.bias = Parameter(np.zeros(out_channels, np.float32)) if bias else None
 
     def forward(self, x):
-        _check_images(self, x, self.in_channels)
-        _check_window(self, x, self.padding)
+        self.check_input(x)
         out = kernels_for(x).conv2d_forward(
             x, self.weight.data, self.bias and self.bias.data, self.stride, self.padding
         )
         self._keep(x, out.shape)
         return out
+
+    def check_input(self, x):
+        _check_images(self, x, self.in_channels)
+        _check_window(self, x, self.padding)
 
     def backward(self, dout, need_dx=True):
         x, out_shape = self._take_cache()

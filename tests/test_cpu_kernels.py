@@ -209,6 +209,27 @@ def test_batch_norm_subtracts_a_large_mean_first(rng):
     assert relative_error(results[1], results[0]) < 1e-6
 
 
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("mean_in_deviations", [0, 1, 3.9, 4.1, 100])
+def test_batch_norm_loses_no_digits_at_any_distance_from_0(rng, mean_in_deviations):
+    """Up to four deviations the mean is not subtracted first, but taken into account afterwards."""
+    x = normal(rng, 16, 16, 16, 3) + np.float32(mean_in_deviations)
+    dout, weight, bias = normal(rng, *x.shape), *normal(rng, 2, 3)
+    exact, *rest = all_batch_norm_results(
+        reference, *(a.astype(np.float64) for a in (x, weight, bias)), None, False, dout
+    )
+    actual, *others = all_batch_norm_results(cpu, x, weight, bias, None, False, dout)
+    for a, e in zip([actual, *others], [exact, *rest], strict=True):
+        assert relative_error(a, e) < 3e-6
+
+
+def test_a_mean_far_from_0_is_subtracted_first():
+    var = np.array([1.0, 4.0], np.float32)
+    assert not cpu.is_far(np.array([3.9, -7.9], np.float32), var)
+    assert cpu.is_far(np.array([0.0, -8.1], np.float32), var)
+    assert cpu.is_far(np.array([0.0, 1.0], np.float32), np.array([1.0, 0.0], np.float32))
+
+
 def test_results_stay_as_they_are_through_later_calls(rng):
     def results(x, dout):
         return [*all_convolution_results(cpu, x, weight, None, 1, 1, dout), cpu.add(x, dout)]

@@ -49,6 +49,7 @@ MATHEMATICS = [
     "trivial_augment",
     "batches",
     "evaluation",
+    "folding",
 ]
 MADE_FAST = ["kernels.threads", "kernels.memory", "kernels.winograd", "kernels.cpu", "kernels.gpu", "kernels"]
 MADE_SAFE = [

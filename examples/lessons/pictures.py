@@ -11,7 +11,9 @@ import argparse
 import pathlib
 
 import numpy as np
+import residual
 
+import minires
 from minires.kernels import reference
 from minires.plots import figure_class
 from minires.training.arguments import folder
@@ -144,9 +146,45 @@ def outline(axes, left, bottom, columns, rows):
     axes.add_patch(Rectangle((left, bottom), columns * SIDE, rows * SIDE, fill=False, edgecolor=FORWARD, lw=2.5))
 
 
+def gradient_norms():
+    """The norm of the gradient on its way back through 20 blocks, plain and residual, of three networks each."""
+    figure = figure_class()(figsize=(7, 4))
+    axes = figure.add_axes((0.1, 0.14, 0.87, 0.78))
+    images, labels = residual.halved_images()
+    for name, shortcut, color in (("plain", False, BACKWARD), ("residual", True, FORWARD)):
+        for seed in range(3):
+            norms = residual.gradient_norms(residual.network(20, shortcut, seed), images[:100], labels[:100])
+            axes.plot(range(1, 21), norms, "o-", ms=3, lw=1.2, color=color, label=name if seed == 0 else None)
+    axes.set(yscale="log", xlim=(0.5, 20.5), ylim=(1e-3, 10), xticks=(1, 5, 10, 15, 20))
+    axes.set_title("norm of the gradient that leaves each block, before training", size=11)
+    axes.set_xlabel("block; the gradient comes from the right")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    return figure
+
+
+def filters():
+    """The 64 filters of the first layer, as they are drawn at random and as training has made them."""
+    figure, axes = canvas(8, 4.4)
+    models = ("before training", minires.ResNet(seed=0)), ("after training", minires.pretrained())
+    for left, (title, model) in zip((0.2, 4.2), models, strict=True):
+        weight = model.conv1.weight.data.transpose(3, 0, 1, 2)  # (64, 3, 3, 3): a picture of 3x3 pixels for each filter
+        colors = 0.5 + 0.5 * weight / np.abs(weight).max(axis=(1, 2, 3), keepdims=True)  # 0 is gray
+        tiles = np.ones((64, 4, 4, 3))  # with a white line after each
+        tiles[:, :3, :3] = colors
+        mosaic = tiles.reshape(8, 8, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)
+        sharp = mosaic.repeat(11, axis=0).repeat(11, axis=1)  # each pixel becomes 11x11
+        axes.imshow(sharp, extent=(left, left + 3.6, 0.2, 3.8), aspect="auto", interpolation="nearest")
+        label(axes, left + 1.75, 4.1, title, weight="bold")
+    axes.set(xlim=(0, 8), ylim=(0, 4.4))
+    return figure
+
+
 PICTURES = {
     "residual_block.png": residual_block,
     "im2col.png": im2col,
+    "gradient_norms.png": gradient_norms,
+    "filters.png": filters,
 }
 
 

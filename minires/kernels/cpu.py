@@ -26,6 +26,7 @@ ROW = 2**13  # numbers in a row that NumPy walks along; longer ones gain nothing
 UPDATE_BLOCK = 2**17  # numbers in a piece of an optimizer's update, which has many intermediate results
 TALL = 256  # rows that are added up in float32; sums of more lose digits
 COLUMN_ROWS = 256  # rows of im2col in a piece: enough that the product is worth the reading of the weights
+FAR = 4.0  # deviations from 0 up to which BatchNorm need not subtract a mean first; more would cost over two bits
 
 
 def __getattr__(name):
@@ -93,25 +94,26 @@ def column_sums(x):
     return sum_of_pieces(lambda piece: np.ones(piece.shape[-2], x.dtype) @ piece, x)
 
 
-def column_squares(x):
-    """Sum the squares over rows.
+def column_products(x, y):
+    """Sum x y over rows. No array of products is made.
 
-    Shapes      x (rows, C)  ->  (C,)
+    Shapes      x, y (rows, C)  ->  (C,)
     """
-    return sum_of_pieces(lambda piece: np.einsum("...ij,...ij->...j", piece, piece), x)
+    return sum_of_pieces(lambda a, b: np.einsum("...ij,...ij->...j", a, b), x, y)
 
 
-def sum_of_pieces(sums, x):
+def sum_of_pieces(sums, *arrays):
     """Sum over rows, TALL at a time, and in float64 what these give. Rows that cannot be folded are many, and short.
 
-    Args        sums: a function, (..., rows, C) to (..., C)
-    Shapes      x (rows, C)  ->  (C,)
+    Args        sums: a function of the arrays, (..., rows, C) to (..., C)
+    Shapes      arrays (rows, C) each  ->  (C,)
     """
-    if len(x) <= TALL:
-        return sums(x)
-    whole = len(x) - len(x) % TALL
-    pieces = sums(x[:whole].reshape(-1, TALL, x.shape[1]))  # (., C)
-    return pieces.sum(axis=0, dtype=np.float64) + sums(x[whole:])
+    rows, C = arrays[0].shape
+    if rows <= TALL:
+        return sums(*arrays)
+    whole = rows - rows % TALL
+    pieces = sums(*(x[:whole].reshape(-1, TALL, C) for x in arrays))  # (., C)
+    return pieces.sum(axis=0, dtype=np.float64) + sums(*(x[whole:] for x in arrays))
 
 
 def unfold_sum(row, C):
@@ -134,8 +136,10 @@ def batch_norm_statistics(x):
 
     Why         A block of rows has a mean m_b of its own and a sum of squares around it, both found while the block is
                 in the cache. Around the mean of all rows, the block's sum of squares is larger by n_b (m_b - mean)^2.
-                A float32 sum of large numbers has lost digits, and with it the mean. What is left after subtracting
-                that mean is small: its own mean, the rest of m_b, is right, and a constant channel has variance 0.
+                Around its own mean it is the sum of x^2, less n_b m_b^2. Far from 0 the two are large and almost equal,
+                and their difference has no digits left. Then the mean is subtracted first. It has lost digits, too, as
+                a float32 sum of large numbers. But what is left is small: its own mean, the rest of m_b, is right, and
+                a constant channel has variance 0.
 
     Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
                 variances"
@@ -143,13 +147,20 @@ def batch_norm_statistics(x):
     C, rows = x.shape[-1], fold(x)
     M = x.size // C
 
+    def mean_and_squares(piece):
+        n = piece.size // C
+        mean = unfold_sum(column_sums(piece), C) / n  # (C,)
+        squares = unfold_sum(column_products(piece, piece), C) - n * mean**2
+        return mean, np.maximum(squares, 0)  # rounding could leave less
+
     def statistics(block):
         n = rows[block].size // C
-        about = (unfold_sum(column_sums(rows[block]), C) / n).astype(x.dtype)  # (C,)
-        centred = np.subtract(rows[block], along(rows, about), out=scratch("block", rows[block].shape))
-        rest = unfold_sum(column_sums(centred), C) / n  # (C,)
-        squares = unfold_sum(column_squares(centred), C)
-        return n, about + rest, np.maximum(squares - n * rest**2, 0)  # rounding could leave less than 0
+        mean, squares = mean_and_squares(rows[block])
+        if is_far(mean, squares / n):
+            about = mean.astype(x.dtype)
+            rest, squares = mean_and_squares(centred(rows[block], along(rows, about)))
+            mean = about + rest
+        return n, mean, squares
 
     counts, means, squares = zip(*run(statistics, blocks(*rows.shape)), strict=True)
     counts, means, squares = np.array(counts)[:, None], np.stack(means), np.stack(squares)  # (blocks, C), float64
@@ -158,22 +169,40 @@ def batch_norm_statistics(x):
     return mean.astype(x.dtype), var.astype(x.dtype)
 
 
+def is_far(mean, var):
+    """Whether any channel is so far from 0 that its mean has to be subtracted first, or digits would be lost.
+
+    Shapes      mean, var (C,)  ->  bool
+    """
+    return bool((np.abs(mean) > FAR * np.sqrt(var)).any())
+
+
+def centred(piece, mean):
+    """Subtract the mean, into scratch memory."""
+    return np.subtract(piece, mean, out=scratch("block", piece.shape))
+
+
 def batch_norm_forward(x, weight, bias, mean, var, eps):
     """See `reference.batch_norm_forward`."""
     return batch_norm_add_relu_forward(x, weight, bias, mean, var, eps)
 
 
 def batch_norm_add_relu_forward(x, weight, bias, mean, var, eps, residual=None, relu=False):
-    """See `reference.batch_norm_add_relu_forward`. One pass over memory."""
+    """See `reference.batch_norm_add_relu_forward`. One pass over memory.
+
+    Why         (x - mean) scale + bias = x scale + (bias - mean scale), which is an operation less for each number.
+    """
     rows, residual_rows = fold(x), None if residual is None else fold(residual)
     out = fresh(rows.shape)
-    mean, scale, bias = (along(rows, v) for v in (mean, weight * rsqrt(var, eps), bias))  # (f*C,)
+    far, scale = is_far(mean, var), weight * rsqrt(var, eps)
+    shift = bias if far else bias - mean * scale
+    mean, scale, shift = (along(rows, v) for v in (mean, scale, shift))  # (f*C,)
     zeros = np.zeros_like(mean)  # np.maximum is twice as fast with an array as with a number
 
     def normalise(block):
-        piece = np.subtract(rows[block], mean, out=out[block])  # first, or the digits of x - mean would be lost
-        piece *= scale
-        piece += bias
+        piece = centred(rows[block], mean) if far else rows[block]
+        piece = np.multiply(piece, scale, out=out[block])
+        piece += shift
         if residual is not None:
             piece += residual_rows[block]
         if relu:
@@ -189,19 +218,23 @@ def batch_norm_backward_sums(dout, x, mean, var, eps):
 
 
 def batch_norm_add_relu_backward_sums(dout, x, out, mean, var, eps):
-    """See `reference.batch_norm_add_relu_backward_sums`. One pass over memory; the sums are float64."""
+    """See `reference.batch_norm_add_relu_backward_sums`. One pass over memory; the sums are float64.
+
+    Why         sum g (x - mean) = sum g x - mean sum g, which is an operation less for each number.
+    """
     C, rows, dout_rows, out_rows = x.shape[-1], fold(x), fold(dout), None if out is None else fold(out)
     g = dout_rows if out is None else fresh(rows.shape)
-    mean = along(rows, mean)  # (f*C,)
+    far, mean_row = is_far(mean, var), along(rows, mean)  # (f*C,)
 
     def sums(block):
         if out is not None:
             np.multiply(dout_rows[block], out_rows[block] > 0, out=g[block])
-        product = np.subtract(rows[block], mean, out=scratch("block", rows[block].shape))
-        product *= g[block]
-        return unfold_sum(column_sums(g[block]), C), unfold_sum(column_sums(product), C)
+        piece = centred(rows[block], mean_row) if far else rows[block]
+        return unfold_sum(column_sums(g[block]), C), unfold_sum(column_products(piece, g[block]), C)
 
     dbias, dscale = np.sum(run(sums, blocks(*rows.shape)), axis=0)  # (C,) each
+    if not far:
+        dscale -= mean * dbias
     return g.reshape(x.shape), dscale * rsqrt(var, eps), dbias
 
 
@@ -209,17 +242,19 @@ def batch_norm_backward(dout, x, weight, mean, var, eps, dweight, dbias):
     """See `reference.batch_norm_backward`. One pass over memory.
 
     Why         dx = scale (slope (x - mean) + shift + dout): the formula, sorted by what varies from row to row.
+                Where the mean need not be subtracted first, slope mean is part of the shift.
     """
     rows, dout_rows = fold(x), fold(dout)
     M = x.size // x.shape[-1]
     dx = fresh(rows.shape)
-    rstd = rsqrt(var, eps)  # (C,)
-    slope, shift, scale = -rstd * dweight / M, -dbias / M, weight * rstd  # (C,)
+    far, rstd = is_far(mean, var), rsqrt(var, eps)  # (C,)
+    slope, scale = -rstd * dweight / M, weight * rstd  # (C,)
+    shift = -dbias / M - (0 if far else slope * mean)
     mean, slope, shift, scale = (along(rows, v).astype(x.dtype) for v in (mean, slope, shift, scale))  # (f*C,)
 
     def input_gradient(block):
-        piece = np.subtract(rows[block], mean, out=dx[block])
-        piece *= slope
+        piece = centred(rows[block], mean) if far else rows[block]
+        piece = np.multiply(piece, slope, out=dx[block])
         piece += shift
         piece += dout_rows[block]
         piece *= scale
@@ -229,15 +264,29 @@ def batch_norm_backward(dout, x, weight, mean, var, eps, dweight, dbias):
 
 
 def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
-    """See `reference.conv2d_forward`. Winograd's way where it serves, else im2col, a few images at a time."""
-    x = np.ascontiguousarray(x)
+    """See `reference.conv2d_forward`."""
+    return conv2d_add_relu_forward(x, weight, bias, stride, padding)
+
+
+def conv2d_add_relu_forward(x, weight, bias=None, stride=1, padding=0, residual=None, relu=False):
+    """See `reference.conv2d_add_relu_forward`. Winograd's way where it serves, else im2col, a few images at a time.
+
+    What follows the convolution is done to each piece of out while it is in the cache.
+    """
+    x, residual = np.ascontiguousarray(x), None if residual is None else np.ascontiguousarray(residual)
+
+    def finish(out, images):
+        rows = fold(out)
+        if bias is not None:
+            rows += along(rows, bias)
+        if residual is not None:
+            rows += fold(residual[images])
+        if relu:
+            np.maximum(rows, np.zeros(rows.shape[1], rows.dtype), out=rows)
+
     if winograd.is_for(x.shape, weight.shape, stride, padding):
-        out = winograd.conv2d(x, weight)
-    else:
-        out = im2col_conv2d(x, weight, stride, padding)
-    if bias is not None:
-        out += bias
-    return out
+        return winograd.conv2d(x, weight, finish)
+    return im2col_conv2d(x, weight, stride, padding, finish)
 
 
 def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True, need_dbias=True):
@@ -273,9 +322,10 @@ def columns_of(x, kernel_size, stride, padding, out_size):
     return columns
 
 
-def im2col_conv2d(x, weight, stride, padding):
+def im2col_conv2d(x, weight, stride, padding, finish):
     """`reference.conv2d_forward` by im2col, chunks of images shared out to threads.
 
+    Args        finish: see `winograd.conv2d`
     Shapes      x (N, H, W, C), weight (kh, kw, C, O)  ->  out (N, oh, ow, O)
     """
     kh, kw, _, O = weight.shape
@@ -287,6 +337,7 @@ def im2col_conv2d(x, weight, stride, padding):
     def convolve(images):
         columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))  # (n, oh, ow, kh, kw, C)
         np.matmul(columns.reshape(-1, len(weight_rows)), weight_rows, out=out[images].reshape(-1, O))
+        finish(out[images], images)
 
     run(convolve, chunks_of_images(N, oh * ow, COLUMN_ROWS))
     return out

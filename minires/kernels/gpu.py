@@ -376,6 +376,11 @@ def conv2d_forward(x, weight, bias=None, stride=1, padding=0):
     return out if bias is None else (out + bias).astype(x.dtype, copy=False)
 
 
+def conv2d_add_relu_forward(x, weight, bias=None, stride=1, padding=0, residual=None, relu=False):
+    """See `reference.conv2d_add_relu_forward`."""
+    return reference.add_and_relu(conv2d_forward(x, weight, bias, stride, padding), residual, relu)
+
+
 def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True, need_dbias=True):
     """See `reference.conv2d_backward`; dweight and dbias are float32."""
     x, dout = contiguous(x, dout.astype(x.dtype, copy=False))

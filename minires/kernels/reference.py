@@ -588,12 +588,17 @@ def add(a, b):
 def add_and_relu(out, residual, relu):
     """What follows a normalisation in a residual network: the sum with the residual, then ReLU, each if asked for.
 
-    With `batch_norm_add_relu_forward` and its backward it stands here for speed alone: the mathematics is all above.
+    With the three functions below it stands here for speed alone: the mathematics is all above.
     A fast kernel does in one pass over memory what these compose.
     """
     if residual is not None:
         out = out + residual
     return relu_forward(out) if relu else out
+
+
+def conv2d_add_relu_forward(x, weight, bias=None, stride=1, padding=0, residual=None, relu=False):
+    """Convolve, then add the residual if there is one, then take ReLU if asked for."""
+    return add_and_relu(conv2d_forward(x, weight, bias, stride, padding), residual, relu)
 
 
 def batch_norm_add_relu_forward(x, weight, bias, mean, var, eps, residual=None, relu=False):

@@ -113,7 +113,7 @@ def is_for(x_shape, weight_shape, stride, padding):
     return (kh, kw, stride, padding) == (3, 3, 1, 1) and min(C, O) >= 16 and fills_its_tiles
 
 
-def conv2d(x, weight):
+def conv2d(x, weight, finish=lambda out, images: None):
     """Convolve with a 3x3 window, stride 1 and padding 1.
 
     Forward     for every tile of 6x6 inputs x and every pair of channels, with * element by element:
@@ -122,6 +122,7 @@ def conv2d(x, weight):
     Why         OUTPUT is linear, so channels are added before it, and each of the 36 positions in a tile becomes one
                 matrix product, (tiles, C) @ (C, O).
 
+    Args        finish: what is done to each piece of out, in place, given the piece and the slice of images that it is
     Shapes      x (N, H, W, C), weight (3, 3, C, O)  ->  out (N, H, W, O)
     """
     N, H, W, C = x.shape
@@ -136,13 +137,19 @@ def conv2d(x, weight):
         input_transform(x[images], V)
         np.matmul(V, U, out=M)
         output_transform(out[images], M)
+        finish(out[images], images)
 
     def convolve_by_position(images):
         tiles = (images.stop - images.start) * per_image
         V, M = matrices("all V", tiles, C), matrices("all M", tiles, O)
-        share_out(input_transform, x[images], V)
+
+        def back_to_images(chunk, its_tiles):
+            output_transform(out[chunk], M[:, its_tiles])
+            finish(out[chunk], chunk)
+
+        share_out(lambda chunk, its_tiles: input_transform(x[chunk], V[:, its_tiles]), images, per_image)
         run(lambda i: np.matmul(V[i], U[i], out=M[i]), range(36))
-        share_out(output_transform, out[images], M)
+        share_out(back_to_images, images, per_image)
 
     if C * O < LARGE_WEIGHTS:
         run(convolve, chunks_of_images(N, per_image, TILES))
@@ -203,8 +210,8 @@ def weight_gradient(dout, x):
     def add_up_by_position(images):
         tiles = (images.stop - images.start) * per_image
         V, dM = matrices("all V", tiles, C), matrices("all M", tiles, O)
-        share_out(input_transform, x[images], V)
-        share_out(output_transform_backward, dout[images], dM)
+        share_out(lambda chunk, its_tiles: input_transform(x[chunk], V[:, its_tiles]), images, per_image)
+        share_out(lambda chunk, its_tiles: output_transform_backward(dout[chunk], dM[:, its_tiles]), images, per_image)
         run(lambda i: add_product(V[i].T, dM[i], dU[i], first=images.start == 0), range(36))
 
     for images in chunks_of_images(N, per_image, TILES_AT_ONCE):
@@ -227,14 +234,18 @@ def matrices(name, rows, columns):
     return scratch(name, (36, rows + 1, columns))[:, :rows]
 
 
-def share_out(transform, images, tiles):
-    """Run a transform between images and all their tiles on all threads, a few images at a time."""
-    _, H, W, _ = images.shape
-    n = tiles_of(H) * tiles_of(W)
-    run(
-        lambda chunk: transform(images[chunk], tiles[:, chunk.start * n : chunk.stop * n]),
-        chunks_of_images(len(images), n, TILES // 8),
-    )
+def share_out(transform, images, per_image):
+    """Run a transform between images and all their tiles on all threads, a few images at a time.
+
+    Args        transform: is given a slice of the images, and one of the tiles, counted from images.start;
+                images: the slice of all; per_image: tiles of one
+    """
+
+    def transform_chunk(chunk):
+        its_tiles = slice(chunk.start * per_image, chunk.stop * per_image)
+        transform(slice(images.start + chunk.start, images.start + chunk.stop), its_tiles)
+
+    run(transform_chunk, chunks_of_images(images.stop - images.start, per_image, TILES // 8))
 
 
 def weight_transform(weight):
