@@ -6,7 +6,8 @@
 The report is "Residual Network Design" by Shamooun, Deshmukh and Alamuru, from which minires's network comes.
 9_report.md says what its text describes and what its script does instead.
 
-Source      Clopper and Pearson 1934, "The use of confidence or fiducial limits"; Wilson 1927, "Probable inference, the law of succession, and statistical inference"
+Source      Clopper and Pearson 1934, "The use of confidence or fiducial limits illustrated in the case of the
+            binomial"; Wilson 1927, "Probable inference, the law of succession, and statistical inference"
 """
 
 import argparse
@@ -139,29 +140,26 @@ def memorised(variant, data, seed, steps=120):
 
 def print_table(rows):
     described = [row for row in rows if row["variant"] == "as described"]
-    print("as described, 20 epochs, after each of which the test images were looked at:")
+    print("as described: percent right of all 10,000 test images | of the last 16, after each of 20 epochs")
+    apart = []
     for seed in sorted({row["seed"] for row in described}):
-        curve = [row for row in described if row["seed"] == seed]
-        all_images = np.array([100 * float(row["all"]) for row in curve])
-        last = np.array([100 * int(row["last_16"]) / 16 for row in curve])
-        print(
-            f"    seed {seed}: all 10,000 images {all_images[-1]:.1f} %, the last 16 {last[-1]:.1f} %; in the last ten "
-            f"epochs {all_images[-10:].min():.1f} to {all_images[-10:].max():.1f} and "
-            f"{last[-10:].min():.1f} to {last[-10:].max():.1f} %; mean difference {np.abs(last - all_images).mean():.1f}"
-        )
-    print(f"mean accuracy after epochs {COMPARED}, on the 10,000 images, by seed:")
+        both = [(100 * float(row["all"]), 100 * int(row["last_16"]) / 16) for row in described if row["seed"] == seed]
+        apart += [last - whole for whole, last in both]
+        print(f"    seed {seed}:", " ".join(f"{whole:.0f}|{last:.0f}" for whole, last in both))
+    print(f"the last 16 less all, mean: {np.mean(apart):+.1f} points")
+    print(f"the last 16 less all, deviation: {np.std(apart):.1f} points")
     for variant in VARIANTS:
         of_variant = [row for row in rows if row["variant"] == variant]
-        seeds = sorted({row["seed"] for row in of_variant})
-        accuracies = [
-            np.mean([100 * float(r["all"]) for r in of_variant if r["seed"] == s and int(r["epoch"]) in COMPARED])
-            for s in seeds
-        ]
-        losses = [float(r["loss"]) for r in of_variant if int(r["epoch"]) == COMPARED[-1]]
-        mode = [100 * float(r["training_mode"]) for r in of_variant if r["training_mode"]]
+        by_seed = {row["seed"]: [] for row in of_variant}
+        for row in of_variant:
+            if int(row["epoch"]) in COMPARED:
+                by_seed[row["seed"]].append(100 * float(row["all"]))
+        means = [np.mean(accuracies) for accuracies in by_seed.values()]
+        loss = np.mean([float(row["loss"]) for row in of_variant if int(row["epoch"]) == COMPARED[-1]])
+        mode = np.mean([100 * float(row["training_mode"]) for row in of_variant if row["training_mode"]])
         print(
-            f"    {variant}: {np.mean(accuracies):.1f} % ({', '.join(f'{a:.1f}' for a in accuracies)}); training loss "
-            f"{np.mean(losses):.2f}; at the end, left in training mode, {np.mean(mode):.1f} %"
+            f"{variant}, accuracy: {np.mean(means):.1f} % ({', '.join(f'{mean:.1f}' for mean in means)}); "
+            f"training loss {loss:.2f}; at the end, left in training mode, {mode:.1f} %"
         )
 
 
