@@ -3,6 +3,7 @@
     python examples/benchmark.py                        minires, and PyTorch where it is installed
     python examples/benchmark.py --compile              torch.compile as well (takes a minute to compile)
     python examples/benchmark.py --layers               the milliseconds of each layer, beside what the machine allows
+    python examples/benchmark.py --ranks 2              one process with all threads beside two that share them
     python examples/benchmark.py --device gpu           training steps on a GPU, in three precisions and batch sizes
     python examples/benchmark.py --device gpu --layers  the milliseconds of each kernel there
 
@@ -36,6 +37,7 @@ from minires.training.arguments import at_least
 from minires.training.script import run_script
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
+import ranks
 from recipes import LOSS_SCALE, PRECISIONS
 
 WARMUP = 2  # steps that are not timed
@@ -65,6 +67,7 @@ def main():
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--layers", action="store_true", help="only the table of minires by layer")
+    parser.add_argument("--ranks", type=at_least(2), metavar="N", help="only training, beside that of N processes")
     parser.add_argument("--debug", action="store_true", help="errors with a traceback")
     args = parser.parse_args()
     if args.device == "gpu":
@@ -78,6 +81,8 @@ def main():
     if args.layers:
         print_layers(args.batch_size, args.rounds * args.steps)
         return
+    if args.ranks:
+        return ranks.compare(args.ranks, args.batch_size, args.rounds, args.steps)
     contestants = {"minires": Minires} | torch_contestants(Torch, TorchCompiled, args.compile)
     workers = start_workers(contestants, args.batch_size, args.steps)
     for task in ("train", "evaluate"):

@@ -3,7 +3,9 @@
     python examples/train_cifar.py --data sample --epochs 10 --batch-size 50     the built-in sample, a first look
     python examples/train_cifar.py --data DIR                                    the whole data set, on CPU or GPU
     python examples/train_cifar.py --resume runs/my-run                          resume a run that was stopped
-    python examples/train_cifar.py --recipe fast                                 better in 30 epochs; best takes 200
+    python examples/train_cifar.py --recipe hour                                 better in an hour on two CPU cores
+    python examples/train_cifar.py --recipe fast                                 the same in 30 epochs; best takes 200
+    mpiexec -n 4 python examples/train_cifar.py                                  four processes, see DISTRIBUTED.md
 
 The defaults are the recipe of the report "Residual Network Design": Adam at 0.001, batches of 128, 20 epochs, four
 fifths of the training images to train on and one fifth to validate, random crop and flip, dropout before the last
@@ -16,6 +18,7 @@ NaN) is the Run's, in minires/training; README.md beside this file explains the 
 
 import functools
 import math
+import os
 import pathlib
 import sys
 import warnings
@@ -25,33 +28,37 @@ import numpy as np
 
 import minires
 from minires import cifar10
-from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip
-from minires.backend import choose_device, memory_shortage, to_device
+from minires.augment import alternating_flip, cutout, normalize, random_crop, random_flip, resize
+from minires.backend import memory_shortage, to_device
 from minires.batches import Batches
+from minires.console import note
 from minires.evaluation import averaged_weights, evaluate
 from minires.kernels import gpu
 from minires.training import Run, UsageError, load_model
 from minires.training.arguments import read_data
+from minires.training.launch import processes
 from minires.training.output import draw
 from minires.training.script import run_script
 from minires.training.weights import WEIGHTS
 from minires.trivial_augment import trivial_augment
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for recipes.py, also under python -m and PYTHONSAFEPATH
-from recipes import FREE_IN_A_RESUMED_RUN, SCHEDULES, choose_precision, parse_arguments, resumed_arguments
+from recipes import FREE_IN_A_RESUMED_RUN, NO_SETTINGS, SCHEDULES, choose_precision, parse_arguments, resumed_arguments
+from report import REPORT, write_report
 
 STATISTICS_IMAGES = 5000  # of 40,000 or 50,000: with these, BatchNorm's statistics are measured for averaged weights
 
 
 def train(args, run):
     # Data, model, loss, optimizer
-    device = choose_device(args.device)
+    device = run.ranks.choose_device(args.device)
     dtype, loss_scale, recorded = choose_precision(args, device)
     data = load_data(args, run, device)
     model = make_model(args).to(device)
     loss_function = minires.SoftmaxCrossEntropy(args.label_smoothing)
     optimizer = make_optimizer(args, model)
     average = minires.WeightAverage(optimizer, args.ema) if args.ema else None
+    run.ranks.distribute(model, optimizer, loss_function, args.local_batch_norm)
     begin(args, run, data, model, optimizer, average)
 
     def forward_and_backward(images, labels):
@@ -63,11 +70,11 @@ def train(args, run):
         return loss
 
     if recorded:
-        forward_and_backward = gpu.replay(forward_and_backward)
+        forward_and_backward = gpu.replay(forward_and_backward, also=lambda: run.ranks.total)
 
     # The loop
     for epoch in run.epochs():
-        for images, labels in run.steps(batches(args, data, epoch, dtype)):
+        for images, labels in run.steps(batches(args, run, data, epoch, dtype)):
             optimizer.lr = SCHEDULES[args.schedule](run.step, run.total_steps, args.lr)
             loss = forward_and_backward(images, labels)
             run.check(loss, forward_and_backward)
@@ -77,11 +84,11 @@ def train(args, run):
 
         # Validation, of the averaged weights where there are any
         if epoch == args.epochs or not args.full_train:
-            with averaged_weights(average, model, statistics_batches(args, data, epoch)):
+            with averaged_weights(average, model, statistics_batches(args, run, data, epoch)):
                 validate(args, run, data, model)
 
     # Test, of the weights that were kept
-    test(args, run, data, load_model(run.folder / WEIGHTS)[0].to(device))
+    test(args, run, data, run.ranks.first(load_model, run.folder / WEIGHTS)[0].to(device))
 
 
 class Data(NamedTuple):
@@ -101,7 +108,7 @@ def load_data(args, run, device):
     Raises      DataError; UsageError for a run that is resumed with other images than it began with
     """
     try:
-        data = read_data(args.data)
+        data = run.ranks.first(read_data, args.data)
     except cifar10.DataError as error:
         if not run.resumed:
             raise
@@ -140,14 +147,20 @@ def make_optimizer(args, model):
         "decay_vectors": args.decay_vectors,
         "max_norm": args.clip or math.inf,
     }
+    for module in model.modules():
+        if isinstance(module, minires.BatchNorm2d):
+            module.bias.lr_factor = args.bias_lr
     if args.optimizer == "adam":
         return minires.Adam(model.parameters(), args.lr, **settings)
-    return minires.SGD(model.parameters(), args.lr, args.momentum, args.nesterov, **settings)
+    if args.optimizer == "muon":
+        settings["filter_lr"] = args.filter_lr
+    optimizer = {"sgd": minires.SGD, "muon": minires.Muon}[args.optimizer]
+    return optimizer(model.parameters(), args.lr, args.momentum, args.nesterov, **settings)
 
 
 def begin(args, run, data, model, optimizer, average):
     """Let the run begin, or go to where it was stopped, and say what it is."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out", "debug")}
+    settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     run.track(
         model,
         optimizer,
@@ -160,26 +173,29 @@ def begin(args, run, data, model, optimizer, average):
         check_every=1 if args.debug else None,
     )
     parts = (len(labels) for _, labels in (data.train, data.validation, data.test))
+    pids = run.ranks.gather(os.getpid())  # a launcher tells of a process that was killed by this number
+    together = f"processes {', '.join(map(str, pids))} (rank 0 to {len(pids) - 1}), " if 1 < len(pids) <= 16 else ""
     print(
         f"{model.num_parameters():,} parameters, {{:,}} training, {{:,}} validation and {{:,}} test images, "
-        f"device {run.settings['device']}, run folder {run.folder}".format(*parts),
+        f"device {run.settings['device']}, {together}run folder {run.folder}".format(*parts),
         flush=True,
     )
     images, labels = data.first_images
-    draw("plot_images", images, [cifar10.CLASSES[label] for label in labels], run.folder / "images.png")
+    names = [cifar10.CLASSES[label] for label in labels]
+    run.ranks.first(draw, "plot_images", images, names, run.folder / "images.png")
 
 
-def batches(args, data, epoch, dtype):
+def batches(args, run, data, epoch, dtype):
     """The batches of an epoch, in its own order."""
     images, labels = data.train
     order = np.random.default_rng([args.seed, epoch]).permutation(len(images))[: data.steps_per_epoch * args.batch_size]
     order = to_device(order, "cpu" if isinstance(images, np.ndarray) else "gpu")
-    return Batches(images, labels, order, args.batch_size, functools.partial(transform, args, epoch, dtype))
+    return Batches(images, labels, order, args.batch_size, functools.partial(transform, args, epoch, dtype), run.ranks)
 
 
-def statistics_batches(args, data, epoch):
+def statistics_batches(args, run, data, epoch):
     """The first images of an epoch, as the network has been given them, for the statistics of averaged weights."""
-    first = batches(args, data, epoch, "float32")
+    first = batches(args, run, data, epoch, "float32")
     first.order = first.order[:STATISTICS_IMAGES]
     return (images for images, _ in first)
 
@@ -196,6 +212,8 @@ def transform(args, epoch, dtype, images, index, start):
         images = trivial_augment(images, args.seed, epoch, start)
     if args.cutout:
         images = cutout(images, args.seed, epoch, start, args.cutout)
+    if args.early_size and 2 * epoch <= args.epochs:
+        images = resize(images, args.early_size)
     return normalize(images, cifar10.MEAN, cifar10.STD, dtype)
 
 
@@ -208,29 +226,40 @@ def validate(args, run, data, model):
 
 
 def measure(model, images_and_labels, run, tta=False):
-    return evaluate(model, *images_and_labels, cifar10.MEAN, cifar10.STD, tta=tta, stop=run.stop_if_asked)
+    settings = {"tta": tta, "stop": run.stop_if_asked, "predict": run.ranks.predict_logits}
+    return evaluate(model, *images_and_labels, cifar10.MEAN, cifar10.STD, **settings)
 
 
 def test(args, run, data, model):
     """Measure the weights that were kept, on the test images alone and with their mirror images; write the result."""
-    result, mirrored = {}, ""
-    result["test_loss"], result["test_accuracy"] = measure(model, data.test, run)
+    images, labels = data.test
+    logits = run.ranks.predict_logits(model, images, cifar10.MEAN, cifar10.STD, stop=run.stop_if_asked)
+    result, mirrored = {"test_loss": float(minires.SoftmaxCrossEntropy()(logits, labels))}, ""
+    result["test_accuracy"] = float((logits.argmax(axis=1) == labels).mean())
     if args.tta:
         result["test_loss_tta"], result["test_accuracy_tta"] = measure(model, data.test, run, tta=True)
         mirrored = f"{result['test_accuracy_tta']:.2%} with their mirror images, "
-    count = len(data.test[1])
-    result = run.finish(result | {"test_images": count})
+    result = run.finish(result | {"test_images": len(labels)})
     print(
-        f"test loss {result['test_loss']:.4f}, test accuracy {result['test_accuracy']:.2%} on {count:,} images, "
+        f"test loss {result['test_loss']:.4f}, test accuracy {result['test_accuracy']:.2%} on {len(labels):,} images, "
         f"{mirrored}with the weights of epoch {result['best_epoch']}; {result['seconds']:.0f} s"
     )
+    run.ranks.first(report_on, run, images, labels, logits)
+
+
+def report_on(run, images, labels, logits):
+    try:
+        write_report(run.folder, images, labels, logits)
+    except Exception as error:  # the run has its result, whatever is wrong with the page about it
+        note(f"no report {run.folder / REPORT}: {error}")
 
 
 def main():
+    ranks = processes("--distributed" in sys.argv)
     args, given = parse_arguments()
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # a loss that is not finite ends the run with more grace
     try:
-        with Run(args.resume or args.out, resume=args.resume is not None, resume_flag="--resume") as run:
+        with Run(args.resume or args.out, resume=args.resume is not None, resume_flag="--resume", ranks=ranks) as run:
             if run.resumed:
                 args = resumed_arguments(args, given, run.settings)
             if run.finished:
@@ -246,4 +275,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, functools.partial(processes, "--distributed" in sys.argv))

@@ -9,7 +9,7 @@ from minires.layers import BatchNorm2d, Bias2d, Conv2d, Dropout, Flatten, Global
 from minires.loss import SoftmaxCrossEntropy
 from minires.resnet import BasicBlock, ResNet
 from minires.gradcheck import check_gradients
-from minires.optim import SGD, Adam, WeightAverage
+from minires.optim import SGD, Adam, Muon, WeightAverage
 from minires.schedules import constant, cosine, one_cycle, triangular
 from minires.summary import summary
 from minires import augment
@@ -41,6 +41,7 @@ __all__ = [  # noqa: RUF022
     "ResNet",
     "check_gradients",
     "SGD",
+    "Muon",
     "Adam",
     "WeightAverage",
     "constant",

@@ -1,4 +1,4 @@
-"""What is done to images before the network sees them: crop, flip, cutout, and normalisation.
+"""What is done to images before the network sees them: crop, flip, cutout, another size, and normalisation.
 
 A network that sees each image moved, mirrored or partly covered, differently in every epoch, overfits later: it cannot
 memorise the images, and learns that none of this changes what is on them. Augmentation is for training alone.
@@ -17,6 +17,8 @@ Source      He et al. 2016, section 4.2, for crop and flip; the others are named
 """
 
 import numbers
+
+import numpy as np
 
 from minires.backend import array_module
 from minires.rng import random_words, words_of
@@ -105,6 +107,44 @@ def cutout(images, key, epoch, start=0, size=8, color=MEAN_COLOR):
     rows, cols = xp.arange(H) - top[:, None], xp.arange(W) - left[:, None]  # (N, H), (N, W): counted from the square
     covered = ((rows >= 0) & (rows < size))[:, :, None] & ((cols >= 0) & (cols < size))[:, None, :]  # (N, H, W)
     return xp.where(covered[:, :, :, None], xp.asarray(color, dtype=images.dtype), images)
+
+
+def resize(images, size):
+    """Bring images to size x size pixels, each of which is a weighted mean of the old ones around it.
+
+    Why         A network of convolutions and one mean over all pixels takes images of any size, and small ones in less
+                time. A pixel looks at old ones up to max(1, side / size) pixels away, the nearer the more (a triangle):
+                so no line falls between the new pixels (antialiasing).
+                The weights are integers that add up to 256, first for rows, then for columns, and the sums stay below
+                256 * 256 * 256 = 2^24, where float32 still has every integer. So the result is the same bits
+                everywhere, whatever the order in which a product adds.
+
+    Shapes      images (N, H, W, C) uint8  ->  (N, size, size, C) uint8
+    Raises      ValueError for a size that is no integer of at least 1
+    """
+    if not isinstance(size, numbers.Integral) or size < 1:
+        raise ValueError(f"resize: size must be an integer of at least 1, got {size!r}")
+    check_images("resize", images)
+    if images.dtype != "uint8":
+        raise ValueError(f"resize expects images of uint8, values 0 to 255, got {images.dtype}")
+    xp, size = array_module(images), int(size)
+    N, H, W, C = images.shape
+    rows, columns = (xp.asarray(triangle_weights(side, size)) for side in (H, W))  # (size, H), (size, W)
+    x = rows @ images.reshape(N, H, W * C).astype(xp.float32)  # (N, size, W*C)
+    x = columns @ x.reshape(N, size, W, C)  # (N, size, size, C)
+    return ((x + 2**15) // 2**16).astype(xp.uint8)
+
+
+def triangle_weights(side, size):
+    """Return how much of each of `side` old pixels is in each of `size` new ones, in parts of 256.
+
+    Shapes      ->  (size, side) float32, integers whose rows add up to 256
+    """
+    ratio = side / size
+    centre = (np.arange(size) + 0.5) * ratio - 0.5  # of each new pixel, in old ones
+    weights = np.maximum(1 - np.abs(np.arange(side) - centre[:, None]) / max(1, ratio), 0)  # (size, side)
+    shares = 256 * weights.cumsum(axis=1) / weights.sum(axis=1, keepdims=True)
+    return np.diff(np.rint(shares), axis=1, prepend=0).astype(np.float32)  # rounded so that each row has its 256
 
 
 def check_images(name, images):

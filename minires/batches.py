@@ -32,12 +32,13 @@ class Batches:
                 less in the last batch
     Args        transform: a function of images (n, H, W, C), their index (n,) in `images`, and start, the position in
                 the epoch of the first one, that returns what the network is given; None gives the images as they are.
-                Arrays and order are on one device
+                Arrays and order are on one device; ranks: the processes that share each batch, see
+                training/distributed.py: this one gets its part of it, which is empty where they are more than images
     Raises      ValueError for images and labels of different lengths, and a batch_size below 1; TypeError for lists,
                 and a batch_size that is no integer
     """
 
-    def __init__(self, images, labels, order, batch_size, transform=None):
+    def __init__(self, images, labels, order, batch_size, transform=None, ranks=None):
         for name, array in (("images", images), ("labels", labels), ("order", order)):
             check_array(f"Batches: {name}", array)
         if len(images) != len(labels):
@@ -49,7 +50,7 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
         self.images, self.labels, self.order, self.batch_size = images, labels, order, batch_size
-        self.transform = transform or unchanged
+        self.transform, self.ranks = transform or unchanged, ranks
         self.first = 0  # the position in the epoch of the first image
 
     def __len__(self):
@@ -57,14 +58,28 @@ class Batches:
 
     def skip(self, count):
         """Return the same batches without the first `count`."""
-        rest = Batches(self.images, self.labels, self.order, self.batch_size, self.transform)
+        rest = Batches(self.images, self.labels, self.order, self.batch_size, self.transform, self.ranks)
         rest.first = self.first + count * self.batch_size
         return rest
 
     def __iter__(self):
+        if self.ranks:
+            return self._parts()
         if array_module(self.images) is np:
             return ahead(self._batches(self.batch_size))
         return self._batches(max(1, IMAGES_AT_ONCE // self.batch_size) * self.batch_size)
+
+    def _parts(self):
+        def part_of(start):
+            whole = self.order[start : start + self.batch_size]
+            part = self.ranks.part(len(whole))
+            index = whole[part]
+            return len(whole), self.transform(self.images[index], index, start + part.start), self.labels[index]
+
+        parts = map(part_of, range(self.first, len(self.order), self.batch_size))
+        for total, images, labels in ahead(parts) if array_module(self.images) is np else parts:
+            self.ranks.total = total  # not earlier: the layers are told of the batch that they are in
+            yield images, labels
 
     def _batches(self, at_once):
         for start in range(self.first, len(self.order), at_once):

@@ -23,15 +23,17 @@ def measure_statistics(model, batches):
     """
     norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
+    ranks = next((norm.ranks for norm in norms), None)  # the processes that share each batch
     with evaluation_mode(model):
         try:
             seen = 0
             for images in batches:
-                if not len(images):
+                count = ranks.total if ranks else len(images)
+                if not count:
                     raise ValueError(f"measure_statistics: expected images in each batch, got {images.shape}")
-                seen += len(images)
+                seen += count
                 for norm in norms:
-                    norm.training, norm.momentum = True, len(images) / seen  # the mean over all images so far
+                    norm.training, norm.momentum = True, count / seen  # the mean over all images so far
                 model(images)
             if not seen and norms:
                 raise ValueError("measure_statistics: expected at least one batch of images, got none")
@@ -95,13 +97,13 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     return np.concatenate(logits)
 
 
-def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None):
+def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None, *, predict=predict_logits):
     """Return the mean loss and the accuracy over all the images, as Python floats.
 
     Shapes      images (N, H, W, 3) uint8, labels (N,) on the host
-    Args        tta, stop: see `predict_logits`
+    Args        tta, stop: see `predict_logits`; predict: another function that does what `predict_logits` does
     """
-    logits = predict_logits(model, images, mean, std, batch_size, tta, stop)
+    logits = predict(model, images, mean, std, batch_size, tta, stop)
     return float(SoftmaxCrossEntropy().forward(logits, labels)), float((logits.argmax(axis=1) == labels).mean())
 
 

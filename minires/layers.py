@@ -3,6 +3,10 @@
 Images are channels last, (N, H, W, C), and weights are stored as the products use them; the shapes of PyTorch appear in
 `state_dict` only. Every layer that draws random numbers takes `rng`, a NumPy Generator or a seed; without it the
 numbers differ from run to run. Every backward raises ValueError for a dout whose shape is not that of the output.
+
+Several processes can share a batch, see training/distributed.py. To almost every layer that is nothing: what it does to
+an image depends on no other image. The two layers that look at a batch as a whole, Dropout and BatchNorm2d, then have
+`ranks`, which knows the other processes; in a single process it is None.
 """
 
 import math
@@ -39,13 +43,15 @@ class Dropout(Module):
     run where it was left, set `step`. On a GPU, `step` is a 0-d array there: a recorded pass (see kernels/gpu.py)
     counts on by itself.
 
-    Cached      the step, from which backward draws the mask again, and the shape of x
+    Cached      what backward draws the mask from again, the step above all, and the shape of x
     Modes       in evaluation the identity
     Args        p: the probability of 0, from 0 up to but not including 1
     Raises      ValueError for another p
     Source      Srivastava et al. 2014, in the inverted form of PyTorch, which leaves evaluation alone. PyTorch also
                 takes p = 1, which trains nothing
     """
+
+    ranks = None
 
     def __init__(self, p=0.5, *, rng=None):
         _check_numbers("Dropout", p=p)
@@ -62,13 +68,16 @@ class Dropout(Module):
         xp = array_module(x)
         self.step = int(self.step) if xp is np else xp.asarray(self.step, dtype="uint64")
         self.step += 1  # in place if it is an array; backward comes before the next forward, so it finds the same
-        self._keep(self.step, x.shape, x.dtype)
-        return kernels_for(x).dropout_forward(x, self.p, self.key, self.step)
+        draw = (self.p, self.key, self.step)
+        if self.ranks:  # the mask is the whole batch's, of which x has the rows from ranks.start on
+            draw += (self.ranks.start * math.prod(x.shape[1:]),)
+        self._keep(draw, x.shape, x.dtype)
+        return kernels_for(x).dropout_forward(x, *draw)
 
     def backward(self, dout):
-        step, x_shape, dtype = self._take_cache()
+        draw, x_shape, dtype = self._take_cache()
         _check_dout(self, dout, x_shape, dtype)
-        return dout if step is None else kernels_for(dout).dropout_backward(dout, self.p, self.key, step)
+        return dout if draw is None else kernels_for(dout).dropout_backward(dout, *draw)
 
 
 class Flatten(Module):
@@ -201,6 +210,8 @@ class BatchNorm2d(Module):
     Source      Ioffe and Szegedy 2015; biased and unbiased variance, eps and momentum as in PyTorch
     """
 
+    ranks = None
+
     def __init__(self, num_features, eps=1e-5, momentum=0.1, *, relu=False):
         (num_features,) = _integers("BatchNorm2d", num_features=num_features)
         _check_numbers("BatchNorm2d", eps=eps, momentum=momentum)
@@ -220,12 +231,14 @@ class BatchNorm2d(Module):
         kernels = kernels_for(x)
         running = self.running_mean.data, self.running_var.data
         if self.training:
+            mean, var = kernels.batch_norm_statistics(x)
             M = x.size // self.num_features
+            if self.ranks:
+                mean, var, M = self.ranks.statistics(x, mean, var)
             if M < 2:
                 raise ValueError(
                     f"BatchNorm2d needs more than one value in a channel to train, got x of shape {x.shape}"
                 )
-            mean, var = kernels.batch_norm_statistics(x)
             kernels.update_running_statistics(*running, mean, var, self.momentum, M)
         else:
             mean, var = running
@@ -240,7 +253,8 @@ class BatchNorm2d(Module):
         _check_dout(self, dout, x.shape, x.dtype)
         kernels = kernels_for(dout)
         dout, dweight, dbias = kernels.batch_norm_add_relu_backward_sums(dout, x, out, mean, var, self.eps)
-        dx = kernels.batch_norm_backward(dout, x, self.weight.data, mean, var, self.eps, dweight, dbias)
+        sums = self.ranks.shares(x, dweight, dbias) if self.ranks else (dweight, dbias)
+        dx = kernels.batch_norm_backward(dout, x, self.weight.data, mean, var, self.eps, *sums)
         self.weight.grad += dweight.astype(self.weight.grad.dtype, copy=False)  # sums may be float64 up to here
         self.bias.grad += dbias.astype(self.bias.grad.dtype, copy=False)
         return (dx, dout) if has_residual else dx

@@ -20,8 +20,12 @@ class SoftmaxCrossEntropy:
     Args        label_smoothing: the share of the target that is spread evenly over all classes, 0 to 1
     Raises      ValueError for labels that are no array or do not fit the logits, and for a dloss that is no number;
                 RuntimeError for backward without forward
+    Ranks       where several processes share a batch (training/distributed.py), the mean is over all of it, and each
+                process gives the gradient of that mean by the logits of its own images, of which there may be none
     Source      PyTorch's CrossEntropyLoss
     """
+
+    ranks = None
 
     def __init__(self, label_smoothing=0.0):
         if not isinstance(label_smoothing, numbers.Real):
@@ -41,17 +45,21 @@ class SoftmaxCrossEntropy:
             )
         if labels.dtype.kind not in "iu":
             raise ValueError(f"SoftmaxCrossEntropy expects labels that are integers, got {labels.dtype}")
-        if not len(labels):
+        if not len(labels) and not self.ranks:
             raise ValueError(f"SoftmaxCrossEntropy expects at least one image, got logits {logits.shape}")
         on_host = array_module(labels) is np
-        if on_host and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        if len(labels) and on_host and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
             raise ValueError(
                 f"SoftmaxCrossEntropy expects labels from 0 to {logits.shape[1] - 1}, "
                 f"got {labels.min()} to {labels.max()}"
             )
-        loss, probabilities = kernels_for(logits).softmax_cross_entropy_forward(logits, labels, self.label_smoothing)
+        if not len(labels):
+            loss, probabilities = array_module(logits).zeros((), logits.dtype), logits
+        else:
+            kernels = kernels_for(logits)
+            loss, probabilities = kernels.softmax_cross_entropy_forward(logits, labels, self.label_smoothing)
         self._cache = probabilities, labels
-        return loss
+        return self.ranks.mean(loss, len(labels)) if self.ranks else loss
 
     def backward(self, dloss=1.0):
         if self._cache is None:
@@ -59,8 +67,11 @@ class SoftmaxCrossEntropy:
         if getattr(dloss, "shape", ()) != ():
             raise ValueError(f"SoftmaxCrossEntropy.backward: dloss must be a number, got an array of {dloss.shape}")
         (probabilities, labels), self._cache = self._cache, None
+        if not len(labels):
+            return probabilities
+        dloss = float(dloss) * (self.ranks.share(len(labels)) if self.ranks else 1)
         return kernels_for(probabilities).softmax_cross_entropy_backward(
-            float(dloss), probabilities, labels, self.label_smoothing
+            dloss, probabilities, labels, self.label_smoothing
         )
 
     __call__ = forward

@@ -36,8 +36,11 @@ class Buffer:
 class Parameter(Buffer):
     """An array that is trained, and the gradient of the loss by it.
 
-    Every backward adds into grad; `optimizer.zero_grad()` sets it back to 0.
+    Every backward adds into grad; `optimizer.zero_grad()` sets it back to 0. lr_factor times the optimizer's learning
+    rate is that of this parameter: set it before the optimizer is made.
     """
+
+    lr_factor = 1.0
 
     def __init__(self, data, torch_axes=None):
         super().__init__(data, torch_axes)

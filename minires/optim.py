@@ -1,4 +1,4 @@
-"""How weights move: SGD, Adam, and an average of the weights.
+"""How weights move: SGD, Muon, Adam, and an average of the weights.
 
 The gradient of a batch says in which direction the loss grows fastest at the current weights. An optimizer takes a step
 against it, of a length that the learning rate sets, see `schedules`. How the layers fill the gradients is none of its
@@ -25,6 +25,7 @@ from minires.module import Parameter
 # A parameter starts at a multiple of this many numbers: a GPU's convolutions read weights 16 bytes at a time, and a
 # warp of 32 threads reads whole lines of the cache, of 128 bytes. In the default network this adds 54 numbers.
 ALIGNMENT = 64
+COLOURS = 3
 
 
 class SGD:
@@ -69,12 +70,15 @@ class SGD:
     def step(self, grad_scale=1.0):
         """Move every parameter. The gradients are multiplied by grad_scale first, and shortened to max_norm."""
         self.flat.clip(self.max_norm, grad_scale)
-        for part, weight_decay in self.flat.parts(self.weight_decay, self.decay_vectors):
+        self._descend(grad_scale)
+
+    def _descend(self, grad_scale, but=()):
+        for part, weight_decay, lr_factor in self.flat.parts(self.weight_decay, self.decay_vectors, but):
             kernels_for(self.flat.data).sgd_update(
                 self.flat.data[part],
                 self.flat.grad[part],
                 None if self.flat_velocity is None else self.flat_velocity[part],
-                self.lr,
+                self.lr * lr_factor,
                 self.momentum,
                 self.nesterov,
                 weight_decay,
@@ -87,6 +91,50 @@ class SGD:
         The arrays are views: to resume from a saved state, write into them.
         """
         return {} if self.flat_velocity is None else {"velocity": self.flat.views(self.flat_velocity)}
+
+
+class Muon(SGD):
+    """Momentum, orthogonalised: hidden filters move in all directions alike, everything else as by `SGD`.
+
+    Update      of a filter: see `kernels.reference.muon_update`, where it is derived
+
+    Args        params, lr, momentum, nesterov, weight_decay, decay_vectors, max_norm: as in `SGD`, for all but the
+                filters; filter_lr: the share of a filter that a step replaces, in parts of lr; filter_momentum: 0 to
+                below 1
+    Limits      hidden filters are those of convolutions with more than three input channels (a first one's are colours)
+                that are followed by BatchNorm: without it, their norms, which are held fixed, would matter
+    Raises      ValueError for values outside these ranges
+    Source      see `kernels.reference.muon_update`
+    """
+
+    def __init__(
+        self,
+        params,
+        lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=0.0,
+        decay_vectors=True,
+        max_norm=math.inf,
+        filter_lr=0.25,
+        filter_momentum=0.6,
+    ):
+        _check_range("Muon", "filter_lr", filter_lr, 0, math.inf)
+        _check_range("Muon", "filter_momentum", filter_momentum, 0, 1)
+        if not momentum:
+            raise ValueError(f"Muon: momentum must be above 0, got {momentum}")
+        super().__init__(params, lr, momentum, nesterov, weight_decay, decay_vectors, max_norm)
+        self.filter_lr, self.filter_momentum = filter_lr, filter_momentum
+        self.filters = [i for i, p in enumerate(self.params) if p.data.ndim == 4 and p.data.shape[2] > COLOURS]
+
+    def _descend(self, grad_scale):
+        super()._descend(grad_scale, but=self.filters)
+        velocities = self.flat.views(self.flat_velocity)
+        filters = [(self.params[i].data, self.params[i].grad, velocities[i]) for i in self.filters]
+        if filters:
+            kernels_for(self.flat.data).muon_update(
+                *zip(*filters, strict=True), self.lr * self.filter_lr, self.filter_momentum, grad_scale
+            )
 
 
 class Adam:
@@ -140,14 +188,14 @@ class Adam:
         """Move every parameter. The gradients are multiplied by grad_scale first, and shortened to max_norm."""
         self.flat.clip(self.max_norm, grad_scale)
         self.steps += 1
-        for part, weight_decay in self.flat.parts(self.weight_decay, self.decay_vectors):
+        for part, weight_decay, lr_factor in self.flat.parts(self.weight_decay, self.decay_vectors):
             kernels_for(self.flat.data).adam_update(
                 self.flat.data[part],
                 self.flat.grad[part],
                 self.flat_m[part],
                 self.flat_v[part],
                 self.steps,
-                self.lr,
+                self.lr * lr_factor,
                 self.betas,
                 self.eps,
                 weight_decay,
@@ -214,9 +262,9 @@ class FlatParameters:
     Each Parameter's data and grad become views of these arrays, in its shape. Layers do not notice; a step, a
     zero_grad or an average is one pass over one array instead of one over each of 44. On a GPU that is one launch.
 
-    Matrices come first and vectors (biases, BatchNorm's parameters) last, so that those with weight decay and those
-    without are one slice each. Between the parameters there are zeros, and whatever an optimizer does to a parameter
-    of 0 with a gradient of 0 leaves them 0.
+    Matrices come first and vectors (biases, BatchNorm's parameters) last, and among them those with one lr_factor side
+    by side, so that all that are treated alike are one slice. Between the parameters there are zeros, and whatever an
+    optimizer does to a parameter of 0 with a gradient of 0 leaves them 0.
 
     A copy (copy.deepcopy, pickle) is made anew from copies of the parameters, whose data and grad are then views of its
     own arrays. Copy a model and its optimizer together, copy.deepcopy((model, optimizer)): alone, an optimizer takes
@@ -238,15 +286,13 @@ class FlatParameters:
                 + ", ".join(f"{library} {dtype}" for library, dtype in sorted(kinds))
             )
         self.xp, self.dtype = array_module(params[0].data), params[0].data.dtype
-        self.offsets, end = [0] * len(params), 0
-        for is_vector in (False, True):
-            if is_vector:
-                self.vectors_start = end
-            for i, p in enumerate(params):
-                if (p.data.ndim < 2) == is_vector:
-                    self.offsets[i] = end
-                    end += math.ceil(p.data.size / ALIGNMENT) * ALIGNMENT
-        self.size = end
+        self.order = sorted(range(len(params)), key=lambda i: (params[i].data.ndim < 2, params[i].lr_factor))
+        self.offsets, self.size = [0] * len(params), 0
+        for i in self.order:
+            self.offsets[i] = self.size
+            self.size += math.ceil(params[i].data.size / ALIGNMENT) * ALIGNMENT
+        vectors = [offset for p, offset in zip(params, self.offsets, strict=True) if p.data.ndim < 2]
+        self.vectors_start = min(vectors, default=self.size)
         self.data, self.grad = self.zeros(), self.zeros()
         self.data_views, self.grad_views = self.views(self.data), self.views(self.grad)
         for p, data, grad in zip(params, self.data_views, self.grad_views, strict=True):
@@ -268,12 +314,22 @@ class FlatParameters:
             for p, offset in zip(self.params, self.offsets, strict=True)
         ]
 
-    def parts(self, weight_decay, decay_vectors):
-        """Return slices that cover all the parameters, each with its weight decay: one if all have the same, or two."""
-        if decay_vectors or not weight_decay:
-            return [(slice(0, self.size), weight_decay)]
-        parts = (slice(0, self.vectors_start), weight_decay), (slice(self.vectors_start, self.size), 0.0)
-        return [(part, decay) for part, decay in parts if part.start < part.stop]
+    def parts(self, weight_decay, decay_vectors, but=()):
+        """Return slices that cover all parameters, each with its weight decay and lr_factor: as few as there can be.
+
+        Args        but: the indices of parameters to leave out
+        """
+        parts = []
+        for i, end in zip(self.order, [*(self.offsets[i] for i in self.order[1:]), self.size], strict=True):
+            p, start = self.params[i], self.offsets[i]
+            settings = (weight_decay if decay_vectors or p.data.ndim >= 2 else 0.0, p.lr_factor)
+            if i in but:
+                continue
+            if parts and parts[-1] == (slice(parts[-1][0].start, start), *settings):
+                parts[-1] = (slice(parts[-1][0].start, end), *settings)
+            else:
+                parts.append((slice(start, end), *settings))
+        return parts
 
     def zero_grad(self):
         self.check()

@@ -26,14 +26,7 @@ def summary(model, input_shape=(32, 32, 3)):
 
     Args        input_shape: (H, W, C) of one image
     """
-    shapes = output_shapes(model, input_shape)
-    rows = []
-    for module in parts_first(model):
-        own = sum(p.data.size for _, p in module.attributes(Parameter))
-        is_block = any(True for _ in module.named_children())
-        if module in shapes and (own or is_block) and not isinstance(module, Sequential):
-            rows.append((f"{type(module).__name__}-{len(rows) + 1}", shapes[module], own))
-
+    rows = layer_rows(model, input_shape)
     total = model.num_parameters()
     dtype_bytes = max((p.data.itemsize for p in model.parameters()), default=4)
     input_size = math.prod(input_shape) * dtype_bytes / MEGABYTE
@@ -57,6 +50,18 @@ def summary(model, input_shape=(32, 32, 3)):
             LINE,
         ]
     )
+
+
+def layer_rows(model, input_shape=(32, 32, 3)):
+    """Return the rows of the table: a layer's name, the shape of its output, (C, H, W) or (C,), its parameters."""
+    shapes = output_shapes(model, input_shape)
+    rows = []
+    for module in parts_first(model):
+        own = sum(p.data.size for _, p in module.attributes(Parameter))
+        is_block = any(True for _ in module.named_children())
+        if module in shapes and (own or is_block) and not isinstance(module, Sequential):
+            rows.append((f"{type(module).__name__}-{len(rows) + 1}", shapes[module], own))
+    return rows
 
 
 def parts_first(module):

@@ -12,6 +12,8 @@ from minires.augment import (
     normalize,
     random_crop,
     random_flip,
+    resize,
+    triangle_weights,
 )
 from minires.cifar10 import MEAN, STD
 from minires.trivial_augment import trivial_augment
@@ -122,9 +124,40 @@ def test_images_of_floats_are_treated_as_those_of_bytes(images, augment):
         np.testing.assert_array_equal(out, (augment(images, 1, 1) / 255).astype(np.float32))
 
 
+@pytest.mark.parametrize("size", [1, 7, 24, 32, 33, 48])
+def test_another_size_is_that_of_pillow_to_the_last_rounding(rng, size):
+    images = rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
+    Image = pytest.importorskip("PIL.Image")
+    expected = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in images]
+    out = resize(images, size)
+    assert out.shape == (len(images), size, size, 3)
+    assert out.dtype == np.uint8
+    assert np.abs(out.astype(int) - np.stack(expected)).max() <= 1
+
+
+def test_the_same_size_changes_nothing_and_one_color_stays_it(images):
+    np.testing.assert_array_equal(resize(images[:, :5], 5), images[:, :5])
+    for value in (0, 77, 255):
+        assert (resize(np.full((2, 32, 32, 3), value, np.uint8), 24) == value).all()
+        assert (resize(np.full((1, 5, 9, 2), value, np.uint8), 3) == value).all()
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 24), (32, 32), (32, 1), (5, 9), (1, 4), (224, 32)])
+def test_the_weights_of_another_size_are_integers_that_add_up(side, size):
+    weights = triangle_weights(side, size)
+    assert weights.shape == (size, side)
+    assert (weights >= 0).all()
+    np.testing.assert_array_equal(weights, np.rint(weights))
+    np.testing.assert_array_equal(weights.sum(axis=1), 256)
+
+
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
+        (lambda x: resize(x, 0), "resize: size must be an integer of at least 1, got 0"),
+        (lambda x: resize(x, 24.0), "resize: size must be an integer of at least 1, got 24.0"),
+        (lambda x: resize(x[0], 24), r"resize expects images \(N, H, W, C\)"),
+        (lambda x: resize(x / 255, 24), "resize expects images of uint8, values 0 to 255, got float64"),
         (lambda x: random_crop(x, 1, 1, padding=-1), "padding must be an integer of at least 0, got -1"),
         (lambda x: random_flip(x, 1, 1, p=2), "p must be from 0 to 1, got 2"),
         (lambda x: cutout(x, 1, 1, size=1.5), "size must be an integer of at least 0, got 1.5"),

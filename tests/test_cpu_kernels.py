@@ -275,6 +275,24 @@ def test_sums_of_many_rows_lose_no_digits(rng):
     np.testing.assert_allclose(cpu.sum_over_rows(x), x.astype(np.float64).sum(axis=0), rtol=1e-6)
 
 
+def test_muon_equals_its_twin_bit_for_bit_with_any_number_of_threads(rng, thread_counts):
+    shapes = [(3, 3, 8, 16), (1, 1, 16, 64), (3, 3, 64, 64)]
+    banks = [[normal(rng, *shape) for shape in shapes] for _ in range(3)]
+    expected = [[array.copy() for array in arrays] for arrays in banks]
+    with threads.one_blas_thread():
+        reference.muon_update(*expected, 0.05, 0.6, 0.5)
+
+    def results():
+        copies = [[array.copy() for array in arrays] for arrays in banks]
+        cpu.muon_update(*copies, 0.05, 0.6, 0.5)
+        return copies[0] + copies[2]
+
+    assert_same_bits_with_any_number_of_threads(thread_counts, results)
+    for actual, array in zip(results(), expected[0] + expected[2], strict=True):
+        np.testing.assert_array_equal(actual, array)
+        assert actual.dtype == np.float32
+
+
 @pytest.mark.usefixtures("pieces")
 def test_the_sum_of_two_gradients_equals_its_twin(rng):
     a, b = normal(rng, 2, 3, 8, 8, 700)

@@ -7,7 +7,7 @@ import pytest
 
 recipes = pytest.importorskip("recipes")
 ROOT = pathlib.Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "examples/README.md", "examples/RESULTS.md"]
+DOCUMENTS = ["README.md", "examples/README.md", "examples/RESULTS.md", "examples/DISTRIBUTED.md"]
 each_document = pytest.mark.parametrize("document", DOCUMENTS)
 
 
@@ -45,7 +45,7 @@ def test_options_of_the_training_are_those_it_has(document):
 
 def test_the_table_of_ingredients_has_the_values_of_the_recipes():
     rows = re.findall(
-        r"^\| `--([\w-]+)` \| .* \| (\S+) \| (\S+) \| (\S+) \|$",
+        r"^\| `--([\w-]+)` \| .* \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$",
         (ROOT / "examples/README.md").read_text("utf-8"),
         re.MULTILINE,
     )

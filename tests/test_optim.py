@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from minires import SGD, Adam, Linear, Parameter, WeightAverage
+from minires import SGD, Adam, Linear, Muon, Parameter, WeightAverage
+from minires.kernels import reference
 
 
 def parameter(value, dtype=np.float64):
@@ -85,7 +86,7 @@ def test_zero_grad_clears_in_place():
 
 def several_parameters(rng, dtype=np.float32):
     """A bias before matrices and after them, and sizes that are and are no multiples of the alignment."""
-    shapes = [(5,), (3, 3, 2, 7), (64, 2), (130,), (), (4, 4)]
+    shapes = [(5,), (3, 3, 2, 7), (64, 2), (130,), (), (4, 4)]  # no filter of these is one of Muon's
     parameters = [Parameter(rng.standard_normal(shape).astype(dtype)) for shape in shapes]
     for p in parameters:
         p.grad[...] = rng.standard_normal(p.data.shape)
@@ -95,6 +96,7 @@ def several_parameters(rng, dtype=np.float32):
 MAKE = {
     "SGD": lambda p, **settings: SGD(p, 0.1, 0.9, nesterov=True, weight_decay=0.01, **settings),
     "Adam": lambda p, **settings: Adam(p, 0.1, weight_decay=0.01, **settings),
+    "Muon": lambda p, **settings: Muon(p, 0.1, weight_decay=0.01, **settings),
 }
 each_optimizer = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
@@ -157,6 +159,63 @@ def test_vectors_can_be_kept_from_weight_decay(make, rng):
         assert (p.data == data).all() == (data.ndim < 2)
     make(parameters).step()
     assert not any((p.data == data).all() for p, data in zip(parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("decay_vectors", [False, True])
+@each_optimizer
+def test_a_parameter_with_a_learning_rate_of_its_own(make, decay_vectors, rng):
+    parameters = several_parameters(rng)
+    parameters[0].lr_factor = parameters[5].lr_factor = 8.0  # a vector and a matrix
+    same, others = [Parameter(p.data.copy()) for p in parameters], make(parameters, decay_vectors=decay_vectors)
+    for p, q in zip(parameters, same, strict=True):
+        q.grad[...] = p.grad
+    optimizers = [make([q], decay_vectors=decay_vectors) for q in same]
+    optimizers[0].lr, optimizers[5].lr = 8 * others.lr, 8 * others.lr
+    for _ in range(2):
+        others.step()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(parameters, same, strict=True):
+        np.testing.assert_array_equal(p.data, q.data)
+
+
+def test_muon_replaces_a_share_of_a_filter_and_keeps_its_norm(rng):
+    """Two steps by hand: with the gradient an orthogonal matrix Q, its orthogonalisation is about Q."""
+    Q = np.linalg.qr(rng.standard_normal((36, 6)))[0]
+    filters = Parameter(3 * rng.standard_normal((3, 3, 4, 6)))
+    vector = Parameter(rng.standard_normal(6))
+    expected_vector, p = Parameter(vector.data.copy()), filters.data.reshape(36, 6).copy()
+    optimizer = Muon([filters, vector], lr=0.4, weight_decay=0.1, filter_lr=0.25, filter_momentum=0.6)
+    sgd = SGD([expected_vector], lr=0.4, momentum=0.9, nesterov=True, weight_decay=0.1)
+    for _ in range(2):
+        filters.grad[...], vector.grad[...], expected_vector.grad[...] = Q.reshape(3, 3, 4, 6), 0.5, 0.5
+        optimizer.step()
+        sgd.step()
+        p = p * np.sqrt(6) / np.linalg.norm(p) - 0.1 * gain(6) * Q
+    np.testing.assert_allclose(filters.data.reshape(36, 6), p, rtol=1e-9)
+    np.testing.assert_array_equal(vector.data, expected_vector.data)
+
+
+def gain(columns):
+    """What three steps make of the singular values of an orthogonal matrix, which begin at 1 / sqrt(columns)."""
+    s = columns**-0.5
+    for _ in range(3):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return s
+
+
+@pytest.mark.parametrize("shape", [(36, 8), (8, 36), (5, 5), (7, 1)])
+def test_orthogonalize_keeps_singular_vectors_and_brings_singular_values_close_to_1(rng, shape):
+    U, S, V = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    X = reference.orthogonalize(U * S @ V)
+    mixed = U.T @ X @ V.T
+    np.testing.assert_allclose(mixed, np.diag(np.diag(mixed)), atol=1e-12)
+    assert (np.diag(mixed) > 0.68).all()
+    assert (np.diag(mixed) < 1.21).all()
+
+
+def test_a_gradient_of_0_stays_0():
+    np.testing.assert_array_equal(reference.orthogonalize(np.zeros((4, 3), np.float32)), 0)
 
 
 @pytest.mark.parametrize("shapes", [[(3,), (1,)], [(2, 2)]], ids=["vectors", "matrices"])
@@ -260,6 +319,9 @@ def test_parameters_that_cannot_share_an_array_are_refused():
         (lambda p: SGD([p], lr=math.inf), r"SGD: lr must be at least 0 and below inf, got inf"),
         (lambda p: Adam([p], eps=float("nan")), r"Adam: eps must be above 0, got nan"),
         (lambda p: Adam([]), "Adam: params is empty"),
+        (lambda p: Muon([p], 0.1, momentum=0), "Muon: momentum must be above 0, got 0"),
+        (lambda p: Muon([p], 0.1, filter_lr=-1), "Muon: filter_lr must be at least 0 and below inf, got -1"),
+        (lambda p: Muon([p], 0.1, filter_momentum=1), "Muon: filter_momentum must be at least 0 and below 1, got 1"),
     ],
 )
 def test_values_outside_their_range_are_named(make, message):

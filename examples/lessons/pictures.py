@@ -34,9 +34,9 @@ def canvas(width, height):
     return figure, axes
 
 
-def arrow(axes, start, end, color, bend=0.0):
+def arrow(axes, start, end, color):
     style = {"arrowstyle": "-|>", "color": color, "lw": 1.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 14}
-    axes.annotate("", end, start, arrowprops=style | {"connectionstyle": f"arc3,rad={bend}"})
+    axes.annotate("", end, start, arrowprops=style)
 
 
 def residual_block():
@@ -59,11 +59,13 @@ def residual_block():
         for left, right in ((0.65, 2.2), (3.0, 3.35), (4.35, 4.6), (5.4, 5.7), (6.3, 6.6), (6.9, 7.2), (7.8, 8.35)):
             flow((left, row), (right, row))
         axes.plot([1.5, 1.5, 6.75, 6.75], [row, row + 0.75, row + 0.75, row], color=color, lw=1.8, zorder=0)
+        axes.plot([6.6, 6.9], [row, row], color=color, lw=1.8, zorder=0)
         flow((3.8, row + 0.75), (4.2, row + 0.75))
         box(axes, 7.5, row, 0.6, "ReLU")
         for x in (6.75,) if forward else (6.75, 1.5):
             circle(axes, x, row, color, filled=not forward and x == 6.75)
-        label(axes, 4.3, row - 0.5, "F", color)
+        axes.add_patch(dashed(2.08, row - 0.33, 4.34, 0.66, color))
+        label(axes, 4.25, row - 0.5, "F", color)
 
     label(axes, 0.4, 3.1, "x", FORWARD)
     label(axes, 4.0, 4.05, "the shortcut: x as it is", FORWARD)
@@ -82,6 +84,12 @@ def box(axes, x, y, width, text):
 
     axes.add_patch(Rectangle((x - width / 2, y - 0.2), width, 0.4, facecolor=PALE, edgecolor=INK, lw=1))
     axes.text(x, y, text, ha="center", va="center", size=10, color=INK)
+
+
+def dashed(x, y, width, height, color):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, fill=False, edgecolor=color, lw=1, ls="--")
 
 
 def circle(axes, x, y, color, filled):
@@ -108,18 +116,18 @@ def im2col():
     image, columns, image_again = image.reshape(4, 4), columns.reshape(4, 9), image_again.reshape(4, 4)
     marked = 6  # a pixel that all four windows show
     for left, numbers, is_marked, title, below in (
-        (0.3, image, image == marked, "an image of 4x4 pixels", "the window shows 3x3 of them"),
+        (0.35, image, image == marked, "an image of 4x4 pixels", "the window shows 3x3 of them"),
         (2.75, columns, columns == marked, "im2col: a row for each position", "the nine numbers that it shows there"),
-        (7.05, image_again, image == marked, "col2im of these rows", "each goes back, and adds up"),
+        (7.0, image_again, image == marked, "col2im of these rows", "each goes back, and adds up"),
     ):
         middle = left + SIDE * numbers.shape[1] / 2
         grid(axes, left, 0.9, numbers, is_marked)
         label(axes, middle, 2.95, title, weight="bold")
-        label(axes, middle, 0.6, below)
-    outline(axes, 0.3, 0.9 + SIDE, 3, 3)
+        label(axes, middle, 0.6, below, size=9)
+    outline(axes, 0.35, 0.9 + SIDE, 3, 3)
     outline(axes, 2.75, 0.9 + 3 * SIDE, 9, 1)
-    arrow(axes, (2.12, 1.8), (2.63, 1.8), FORWARD)
-    arrow(axes, (6.68, 1.8), (6.98, 1.8), BACKWARD)
+    arrow(axes, (2.17, 1.8), (2.68, 1.8), FORWARD)
+    arrow(axes, (6.74, 1.8), (6.97, 1.8), BACKWARD)
     label(
         axes, 4.5, 0.22, "The pixel 6 is in all four windows: 6 + 6 + 6 + 6 = 24. The pixel 1 is in one, and stays 1."
     )
@@ -170,7 +178,8 @@ def filters():
     models = ("before training", minires.ResNet(seed=0)), ("after training", minires.pretrained())
     for left, (title, model) in zip((0.2, 4.2), models, strict=True):
         weight = model.conv1.weight.data.transpose(3, 0, 1, 2)  # (64, 3, 3, 3): a picture of 3x3 pixels for each filter
-        colors = 0.5 + 0.5 * weight / np.abs(weight).max(axis=(1, 2, 3), keepdims=True)  # 0 is gray
+        largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
+        colors = 0.5 + 0.5 * weight / np.maximum(largest, 1e-6)  # 0 is gray, and so are filters that are all 0
         tiles = np.ones((64, 4, 4, 3))  # with a white line after each
         tiles[:, :3, :3] = colors
         mosaic = tiles.reshape(8, 8, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)

@@ -416,6 +416,12 @@ def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_d
     update_blocks(reference.sgd_update, (param, grad, velocity), lr, momentum, nesterov, weight_decay, grad_scale)
 
 
+def muon_update(weights, grads, velocities, lr, momentum=0.6, grad_scale=1.0):
+    """See `reference.muon_update`. A filter bank is a task, the largest first."""
+    banks = sorted(zip(weights, grads, velocities, strict=True), key=lambda arrays: -arrays[0].size)
+    run(lambda arrays: reference.muon_update(*([a] for a in arrays), lr, momentum, grad_scale), banks)
+
+
 def adam_update(param, grad, m, v, step, lr, betas, eps, weight_decay=0.0, grad_scale=1.0):
     """See `reference.adam_update`. A block at a time, so that what the steps in between make stays in the cache."""
     update_blocks(reference.adam_update, (param, grad, m, v), step, lr, betas, eps, weight_decay, grad_scale)

@@ -99,16 +99,18 @@ __device__ __forceinline__ Words random_words(unsigned long long element, unsign
     return {{c0, c1, c2, c3}};
 }
 
-// out = x * mask / (1 - p), forward and backward alike.   Grid: a thread for 4 elements.   Bytes: 2 of x
+// out = x * mask / (1 - p), forward and backward alike; x begins at element `start` of what the mask is drawn for.
+// Grid: a thread for 4 elements that share a counter.   Bytes: 2 of x
 template <typename T>
 __global__ void dropout(const T* x, T* out, long long size, unsigned threshold, float scale, unsigned long long key,
-                        const unsigned long long* step) {
+                        const unsigned long long* step, unsigned long long start) {
     const long long group = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    if (group * 4 >= size) return;
-    const Words words = random_words(group, 0, key, *step);
+    const long long first = group * 4 - (long long)(start % 4);  // of the counter's elements, in x
+    if (first >= size) return;
+    const Words words = random_words(start / 4 + group, 0, key, *step);
     for (int i = 0; i < 4; ++i)
-        if (group * 4 + i < size)
-            out[group * 4 + i] = T(words.w[i] >= threshold ? float(x[group * 4 + i]) * scale : 0.f);
+        if (first + i >= 0 && first + i < size)
+            out[first + i] = T(words.w[i] >= threshold ? float(x[first + i]) * scale : 0.f);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +283,8 @@ __global__ void __launch_bounds__(256) batch_norm_moments(const T* x, float* par
     if (threadIdx.y == 0)
         for (int v = 0; v < V; ++v) {
             partial[(blockIdx.x * 2LL + 0) * C + c + v] = mean[v] + rest[v] * share;
-            partial[(blockIdx.x * 2LL + 1) * C + c + v] = squares[v] - rest[v] * rest[v] * share;
+            const float around_mean = squares[v] - rest[v] * rest[v] * share;
+            partial[(blockIdx.x * 2LL + 1) * C + c + v] = around_mean < 0 ? 0.f : around_mean;  // by rounding
         }
 }
 

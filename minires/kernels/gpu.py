@@ -165,19 +165,20 @@ def add(a, b):
     return out
 
 
-def dropout_forward(x, p, key, step):
+def dropout_forward(x, p, key, step, start=0):
     """See `reference.dropout_forward`."""
     (x,) = contiguous(x)
     out = array_module(x).empty_like(x)
     threshold, scale = np.uint32(int(p * 2**32)), 1 / (1 - p)
-    arguments = (x, out, x.size, threshold, scale, np.uint64(key), array_module(x).asarray(step, dtype="uint64"))
-    launch(f"dropout<{type_name(x)}>", blocks_of(-(-x.size // 4)), (THREADS,), *arguments)
+    step = array_module(x).asarray(step, dtype="uint64")
+    arguments = (x, out, x.size, threshold, scale, np.uint64(key), step, np.uint64(start))
+    launch(f"dropout<{type_name(x)}>", blocks_of(-(-(start % 4 + x.size) // 4)), (THREADS,), *arguments)
     return out
 
 
-def dropout_backward(dout, p, key, step):
+def dropout_backward(dout, p, key, step, start=0):
     """See `reference.dropout_backward`: the forward's multiplication again."""
-    return dropout_forward(dout, p, key, step)
+    return dropout_forward(dout, p, key, step, start)
 
 
 def product(a, b, dtype, bias=None):
@@ -580,7 +581,7 @@ def average_update(average, param, decay):
 # Recording
 
 
-def replay(function):
+def replay(function, also=lambda: None):
     """Return a function that does what `function` does, from the third call on by a single launch.
 
     Why         A training step is 200 short launches, and Python takes longer to ask for them than a GPU to carry them
@@ -588,7 +589,7 @@ def replay(function):
 
     The first call with arrays of some shapes runs as it is (kernels are compiled, memory is asked for), the second one
     records, and those that follow replay with the arrays' values of the moment. What the function returns is written
-    over by the next call.
+    over by the next call. Of what `also` returns, as of the shapes, each value has a recording of its own.
 
     Limits      Python itself runs no more: a number that changes has to be an array, and whether the model trains, its
                 momenta and the like stay what they were. What the function works on must stay where it is: make a new
@@ -599,7 +600,7 @@ def replay(function):
 
     @functools.wraps(function)
     def call(*arrays):
-        key = (_precision, *((array.shape, str(array.dtype)) for array in arrays))
+        key = (_precision, also(), *((array.shape, str(array.dtype)) for array in arrays))
         if key not in recordings:
             recordings[key] = None
             return function(*arrays)

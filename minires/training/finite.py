@@ -5,6 +5,8 @@ the loss and the gradients before the weights move, and when they are not finite
 `first_not_finite` looking at every layer. A step that goes well pays for the first look only, 0.5 ms of 640.
 """
 
+import itertools
+
 from minires.backend import array_module
 from minires.module import Parameter
 
@@ -28,19 +30,25 @@ def first_not_finite(model, passes):
     Returns     a text such as "the output of layer2.0.conv1", with a word on weights that are not finite themselves;
                 None if every number is finite
     """
-    found = []
+    return find_not_finite(model, passes)[1]
+
+
+def find_not_finite(model, passes):
+    """Return how many calls of layers went before, and what `first_not_finite` returns."""
+    found, calls = [], itertools.count()
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.named_children())]
 
     def watched(way, name, module, method):
         def call(*args, **kwargs):
-            result = method(*args, **kwargs)
+            result, position = method(*args, **kwargs), next(calls)
             own = [parameter for _, parameter in module.attributes(Parameter)]
             made = [*result] if isinstance(result, tuple) else [] if result is None else [result]
             made += [parameter.grad for parameter in own if way == "backward"]
             if not found and made and not all_finite(made):
                 weights = [parameter.data for parameter in own]
                 cause = ", whose weights are not finite" if weights and not all_finite(weights) else ""
-                found.append(f"the {'output' if way == 'forward' else 'gradient'} of {name or 'the model'}{cause}")
+                what = "output" if way == "forward" else "gradient"
+                found.append((position, f"the {what} of {name or 'the model'}{cause}"))
             return result
 
         return call
@@ -55,4 +63,4 @@ def first_not_finite(model, passes):
             del vars(module)[way]
             if getattr(module, way) != method:  # it was the module's own
                 setattr(module, way, method)
-    return found[0] if found else None
+    return found[0] if found else (next(calls), None)

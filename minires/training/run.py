@@ -18,9 +18,14 @@ bar, the log, a checkpoint, the end that Ctrl-C asks for) happens when the loop 
 program, started again on the same folder, resumes the run where it was stopped or killed, and ends with the same bits
 as if it had not been: provided that all that is random in a step is drawn from the epoch, the step and the position of
 an image (see rng.py and augment.py), not from a generator that lives on.
+
+Where several processes train together (distributed.py), each has a Run, which is given them as `ranks`. Rank 0 alone
+touches the folder (`ranks.first`), and what a rank decides by itself (a signal has come, a checkpoint is due) is agreed
+on, so that all do the same after the same step.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -32,7 +37,7 @@ import time
 
 import numpy as np
 
-from minires.backend import array_module
+from minires.backend import array_module, to_numpy
 from minires.console import command_line, note, warn
 from minires.layers import Dropout
 from minires.training.checkpoint import (
@@ -43,7 +48,8 @@ from minires.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from minires.training.finite import all_finite, first_not_finite
+from minires.training.distributed import OneProcess
+from minires.training.finite import all_finite, find_not_finite
 from minires.training.folder import (
     LOG,
     RESULT,
@@ -63,7 +69,7 @@ from minires.training.storage import CheckpointError, remove_parts, to_json
 from minires.training.weights import WEIGHTS, metadata_of, save_weights, write_state
 
 POSITION = ("config", "history", "step", "seen", "loss_sum", "correct", "seconds", "epoch_seconds")  # in a checkpoint
-MAY_CHANGE_DIGITS = ("minires", "numpy", "kernels", "device")
+MAY_CHANGE_DIGITS = ("minires", "numpy", "kernels", "device", "processes")
 STEPS_BETWEEN_READINGS = {"cpu": 1, "gpu": 10}  # reading the loss waits for the GPU
 SECONDS_BETWEEN_PICTURES = 10  # a picture takes half a second, an epoch on a GPU hardly more
 
@@ -82,16 +88,18 @@ class Run:
                 or the other, whichever fits the folder
                 resume_flag: the option by which this program is told the folder of a run to resume, for the command
                 that an interrupted run prints; None if the same command resumes it
+                ranks: the processes that train together, by default this one alone
     Has         folder; resumed; settings, from config.json; step and epoch: the current ones, and total_steps;
                 history: a row for each epoch that has ended, as in log.csv
     Raises      UsageError for a folder that cannot be used; CheckpointError if no checkpoint in it can be
     """
 
-    def __init__(self, folder=None, resume=None, *, resume_flag=None):
+    def __init__(self, folder=None, resume=None, *, resume_flag=None, ranks=None):
+        self.ranks = ranks or OneProcess()
         self.folder = None if folder is None else pathlib.Path(folder)
-        begun = folder is not None and os.path.exists(self.folder / SETTINGS)
-        self.resumed = begun if resume is None else resume
-        self.resume_flag = resume_flag
+        if resume is None:
+            resume = folder is not None and self.ranks.first(os.path.exists, self.folder / SETTINGS)
+        self.resumed, self.resume_flag = resume, resume_flag
         self.settings, self.history, self.best = {}, [], {}
         self.step = self.seen = 0  # steps done in the run, images seen in the epoch
         self._checkpoint, self._signals = None, []
@@ -99,14 +107,16 @@ class Run:
     def __enter__(self):
         with contextlib.ExitStack() as held:
             if self.resumed:
-                held.enter_context(locked(self.folder))
-                self._checkpoint = load_checkpoint(self.folder)
-                if self._checkpoint:
-                    self.settings = position_of(self._checkpoint[1], self.folder)["config"]
-                else:
-                    self.settings = read_settings(self.folder)
+                self._checkpoint, self.settings = self.ranks.first(self._read, held)
             self._held = held.pop_all()
         return self
+
+    def _read(self, held):
+        held.enter_context(locked(self.folder))
+        checkpoint = load_checkpoint(self.folder)
+        if checkpoint:
+            return checkpoint, position_of(checkpoint[1], self.folder)["config"]
+        return None, read_settings(self.folder)
 
     def __exit__(self, kind, error, traceback):
         with self._held:
@@ -120,7 +130,7 @@ class Run:
     @property
     def finished(self):
         """Whether the run has come to its end, with a result."""
-        return self.resumed and os.path.exists(self.folder / RESULT)
+        return self.resumed and self.ranks.first(os.path.exists, self.folder / RESULT)
 
     def track(
         self,
@@ -155,20 +165,18 @@ class Run:
         self.check_every = check_every or STEPS_BETWEEN_READINGS[device]
         weights = sum(array.nbytes for array in model.state_dict().values())  # a checkpoint has those of the best epoch
         state = sum(array.nbytes for array in training_state(model, optimizer, average).values())
-        check_space(self.folder or pathlib.Path("runs"), checkpoint=state + weights, weights=weights)
+        self.ranks.first(check_space, self.folder or pathlib.Path("runs"), state + weights, weights)
 
         settings = json.loads(to_json(settings or {}))  # as it comes back: with lists in place of tuples
         if self.resumed:
             self._check_settings(settings, free)
-            print_changes(self.settings, versions() | {"device": device})
-            self.settings |= settings | {"device": device}
+            now = {"device": device, "processes": self.ranks.size}
+            print_changes({"processes": 1} | self.settings, versions() | now)
+            self.settings |= settings | now
         else:
-            self.folder = new_folder(self.folder)
-            self._held.enter_context(locked(self.folder))
-            settings |= {"out": str(self.folder), "device": device, "parameters": model.num_parameters()}
-            self.settings = settings | versions() | {"started": time.strftime("%Y-%m-%d %H:%M:%S")}
-            write_json(self.folder / SETTINGS, self.settings)
-        remove_parts(self.folder)
+            settings |= {"device": device, "processes": self.ranks.size, "parameters": model.num_parameters()}
+            self.folder, self.settings = self.ranks.first(self._begin, settings)
+        self.ranks.first(remove_parts, self.folder)
         self._signals = self._held.enter_context(interrupts())
 
         self.sums = xp.zeros(2, xp.float64)  # of losses and of right answers, in the current epoch
@@ -176,6 +184,13 @@ class Run:
         if self._checkpoint:
             self._restore(*self._checkpoint)
         self._saved, self._drawn_at = (self.step, len(self.history)), -math.inf
+
+    def _begin(self, settings):
+        folder = new_folder(self.folder)
+        self._held.enter_context(locked(folder))
+        settings |= {"out": str(folder)} | versions() | {"started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_json(folder / SETTINGS, settings)
+        return folder, settings
 
     def epochs(self):
         """Yield the number of each epoch that is left; what follows an epoch is done when the loop comes back."""
@@ -212,6 +227,8 @@ class Run:
         done = self.step - (self.epoch - 1) * self.steps_per_epoch
         if done < self.steps_per_epoch:
             raise ValueError(f"Run.steps: expected {self.steps_per_epoch} batches in an epoch, got {done}")
+        self.ranks.same_statistics(self.model)
+        self.ranks.check_same(training_state(self.model, self.optimizer, self.average), f"epoch {self.epoch}")
         self._row = {
             "epoch": self.epoch,
             "lr": float(self.optimizer.lr),
@@ -243,7 +260,7 @@ class Run:
                 part.step -= 1  # the same mask again
         passes = getattr(passes, "__wrapped__", passes) or (lambda images, *_: self.model(images))
         what = "a gradient is not finite" if math.isfinite(float(loss)) else f"the loss is {float(loss)}"
-        where = first_not_finite(self.model, lambda: passes(*self._batch)) or "the loss itself"
+        where = self._first_not_finite(lambda: passes(*self._batch))
         seldom = f" (looked at every {self.check_every} steps)" if self.check_every > 1 else ""
         raise self._not_finite(f"{what}: the first number that is not finite is in {where}{seldom}", self.step + 1)
 
@@ -255,7 +272,7 @@ class Run:
         """
         loss, accuracy = map(float, measure())
         if not math.isfinite(loss):
-            where = first_not_finite(self.model, measure) or "the loss itself"
+            where = self._first_not_finite(measure)
             what = f"the validation loss is {loss}: the first number that is not finite is in {where}"
             raise self._not_finite(what, self.step)
         self._row |= {"validation_loss": loss, "validation_accuracy": accuracy}
@@ -265,12 +282,12 @@ class Run:
     def keep_weights(self):
         """Keep the model's weights as they are now. Without validation, those after the last epoch are kept anyway."""
         self.best = self.model.state_dict()
-        save_weights(self.folder / WEIGHTS, self.model, self._row)
+        self.ranks.first(save_weights, self.folder / WEIGHTS, self.model, self._row)
 
     def stop_if_asked(self):
         """Raise Interrupted if a signal has come. For passes that take long, as `evaluate` is given it."""
-        if self._signals:
-            raise Interrupted(128 + self._signals[0])  # as shells count a process that a signal has ended
+        if signal := self._signal():
+            raise Interrupted(128 + signal)  # as shells count a process that a signal has ended
 
     def finish(self, result):
         """Write result.json, with what is known of the weights that were kept and the seconds; return it all."""
@@ -282,8 +299,8 @@ class Run:
             "seconds": round(time.monotonic() - self._started, 1),
         }
         self._write_log()
-        write_json(self.folder / RESULT, result)
-        (self.folder / PREVIOUS).unlink(missing_ok=True)
+        self.ranks.first(write_json, self.folder / RESULT, result)
+        self.ranks.first(functools.partial((self.folder / PREVIOUS).unlink, missing_ok=True))
         return result
 
     def save(self):
@@ -291,19 +308,20 @@ class Run:
         now = time.monotonic()
         state = training_state(self.model, self.optimizer, self.average)
         state |= {f"best.{name}": array for name, array in self.best.items()}
+        sums = self._sums_of_all()
         position = {
             "step": self.step,
             "history": self.history,
             "seconds": now - self._started,
             "epoch_seconds": now - self._epoch_started,
             "seen": self.seen,
-            "loss_sum": float(self.sums[0]),
-            "correct": int(self.sums[1]),
+            "loss_sum": float(sums[0]),
+            "correct": int(sums[1]),
             "lr": float(self.optimizer.lr),
             "config": self.settings,
         }
         try:
-            save_checkpoint(self.folder, state, position)
+            self.ranks.first(save_checkpoint, self.folder, state, position)
         except FloatingPointError as error:
             raise self._not_finite(error, self.step) from error
         self._saved, self._saved_at = (self.step, len(self.history)), time.monotonic()
@@ -318,19 +336,22 @@ class Run:
                 f"have not {self.steps_per_epoch} steps each: resume it with the data and batches that it began with"
             )
         self.seen, self.sums[0], self.sums[1] = position["seen"], position["loss_sum"], position["correct"]
+        self.sums *= self.ranks.rank == 0  # which has the sums of all; those of the others begin at 0
         self.optimizer.lr = position.get("lr", self.optimizer.lr)
         self._started -= position["seconds"]
         self._epoch_started -= position["epoch_seconds"]
         if self.best:
-            write_state(self.folder / WEIGHTS, self.best, best_row_of(self.history) | metadata_of(self.model))
+            metadata = best_row_of(self.history) | metadata_of(self.model)
+            self.ranks.first(write_state, self.folder / WEIGHTS, self.best, metadata)
         self._write_log()
 
     def _end_step(self, progress):
         self.step += 1
-        self.seen += len(self._batch[-1])
+        images = self.ranks.images(len(self._batch[-1]))
+        self.seen += images
         if self._is_read(self.step):
             self._means = self._training_means()
-        progress.update(len(self._batch[-1]), *self._means, self._is_last(self.step))
+        progress.update(images, *self._means, self._is_last(self.step))
         self._save_if_due()
         self.stop_if_asked()
 
@@ -348,17 +369,31 @@ class Run:
 
     def _is_last(self, step):
         """Whether a step, counted from 1, is the epoch's last, or the last before the run ends as it was asked to."""
-        return step == self.epoch * self.steps_per_epoch or bool(self._signals)
+        return step == self.epoch * self.steps_per_epoch or bool(self._signal())
 
     def _is_read(self, step):
         """Whether the numbers of a step, counted from 1, are read from the device."""
         return self._is_last(step) or (step - 1) % self.check_every == 0
 
+    def _signal(self):
+        """The number of a signal that has come to any process, or 0."""
+        return self.ranks.largest(self._signals[0] if self._signals else 0)
+
+    def _sums_of_all(self):
+        return self.ranks.sum(np.array(to_numpy(self.sums)))
+
     def _training_means(self):
-        return tuple(float(total) / max(self.seen, 1) for total in self.sums)
+        return tuple(float(total) / max(self.seen, 1) for total in self._sums_of_all())
+
+    def _first_not_finite(self, passes):
+        """The first layer that is not finite, in the process that came to it first."""
+        found = self.ranks.gather(find_not_finite(self.model, passes))
+        _, rank = min((found[rank][0], rank) for rank in range(self.ranks.size))
+        return (found[rank][1] or "the loss itself") + (f" of rank {rank}" if self.ranks.size > 1 else "")
 
     def _save_if_due(self):
-        if time.monotonic() - self._saved_at >= 60 * self.checkpoint_every:
+        due = time.monotonic() - self._saved_at >= 60 * self.checkpoint_every
+        if self.ranks.largest(int(due and self.ranks.rank == 0)):
             self.save()
 
     def _save_unsaved(self):
@@ -368,12 +403,12 @@ class Run:
     def _write_log(self):
         if self.history:
             try:
-                write_log(self.folder / LOG, self.history)
+                self.ranks.first(write_log, self.folder / LOG, self.history)
             except OSError as error:  # on Windows, for as long as another program has it open
                 warn(f"{error.filename}: {error.strerror}; all rows are written next time")
 
     def _draw_curves(self):
-        if self.history:
+        if self.history and self.ranks.rank == 0:
             draw("plot_curves", self.history, self.folder / "curves.png")
             self._drawn_at = time.monotonic()
 
@@ -398,7 +433,8 @@ class Run:
         program = pathlib.Path(sys.argv[0]).absolute()
         if not program.is_file():  # python -c, a notebook
             return f"{line}the same program, on the folder {self.folder.absolute()}"
-        command = [sys.executable, str(program)]
+        command = ["mpiexec", "-n", self.ranks.size] if self.ranks.size > 1 else []
+        command += [sys.executable, str(program)]
         command += [self.resume_flag, str(self.folder.absolute())] if self.resume_flag else sys.argv[1:]
         return line + command_line(command)
 

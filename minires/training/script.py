@@ -11,7 +11,9 @@ import warnings
 from minires import cifar10, kernels
 from minires.backend import GPUError
 from minires.console import command_line, note
+from minires.training.distributed import OneProcess, RanksDifferError
 from minires.training.folder import SETTINGS, UsageError
+from minires.training.launch import leave
 from minires.training.output import BROKEN_PIPE, drop_output, output_works
 from minires.training.storage import CheckpointError
 
@@ -22,7 +24,7 @@ def explain(error):
     """Return the exit code for an error, 2 if the user can mend it by asking otherwise and 1 if not, and a line."""
     if isinstance(error, UsageError | GPUError | cifar10.DataError | CheckpointError):
         return 2, str(error)
-    if isinstance(error, FloatingPointError | cifar10.DownloadError):
+    if isinstance(error, FloatingPointError | cifar10.DownloadError | RanksDifferError):
         return 1, str(error)
     if isinstance(error, OSError):
         line = error.strerror or str(error)
@@ -42,17 +44,20 @@ def explain(error):
     return 1, f"{type(error).__name__}: {error} (--debug shows the place)"
 
 
-def run_script(main):
+def run_script(main, ranks=OneProcess):
     """Run the main of an example and end the process with its exit code; an error becomes a line.
 
     With --debug on the command line it stays a traceback. A pipe that nobody reads any more ends it without a word.
+
+    Args        ranks: a function that returns the processes that run the script together, see distributed.py
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the encoding lacks are printed with backslashes
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    code, line = 1, ""
+    code, line, together = 1, "", OneProcess()
     try:
+        together = ranks()
         try:
             kernels.chosen(), kernels.num_threads()
         except ValueError as error:  # in an environment variable
@@ -68,6 +73,7 @@ def run_script(main):
         if "--debug" in sys.argv:
             raise
         code, line = explain(error)
+    line = leave(together, code, line)
     with contextlib.suppress(OSError):
         if line:
             note(f"error: {line}")
