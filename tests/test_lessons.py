@@ -3,6 +3,7 @@ their pictures are those that the code draws.
 """
 
 import ast
+import importlib
 import os
 import pathlib
 import re
@@ -296,3 +297,28 @@ def test_a_picture_that_has_changed_is_not_the_same(pictures, figures, tmp_path)
 def test_every_picture_is_in_a_lesson(pictures):
     shown = re.findall(r"!\[[^\]]+\]\((\w+\.png)\)", "".join(text_of(page) for page in PAGES))
     assert sorted(shown) == sorted(pictures.PICTURES)
+
+
+# The runs that are kept, as they take longer than a lesson
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("script", ["ingredients", "audit"])
+def test_kept_runs_can_be_made_anew(script, tmp_path, monkeypatch):
+    """Here of one epoch, on the sample; those that are in the file are not made again."""
+    module = importlib.import_module(script)
+    kept = module.read(module.KEPT)
+    monkeypatch.setattr(module.cifar10, "load", lambda or_download: module.cifar10.load_sample())
+    if script == "audit":
+        monkeypatch.setattr(
+            module, "VARIANTS", {name: (1, 1, options) for name, (*_, options) in module.VARIANTS.items()}
+        )
+    else:
+        monkeypatch.setattr(module, "EPOCHS", 1)
+    for _ in range(2):
+        module.make_runs(tmp_path / "kept.csv", seeds=1)
+        made = module.read(tmp_path / "kept.csv")
+        assert [row["variant"] for row in made] == list(module.VARIANTS)
+    assert list(made[0]) == list(kept[0])
+    assert {row["variant"] for row in kept} == set(module.VARIANTS)
+    assert {row["seed"] for row in kept} == {"0", "1", "2"}

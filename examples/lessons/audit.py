@@ -1,7 +1,7 @@
 """What a report's numbers can carry: 14 of 16 images, dropout on the logits, images that are not normalised.
 
-    python examples/lessons/audit.py                the table of the kept runs, and what needs no long training
-    python examples/lessons/audit.py --full         makes the kept runs: 5,000 images, 20 epochs, three seeds, an hour
+    python examples/lessons/audit.py                            the kept runs, and what needs no long training
+    python examples/lessons/audit.py --full --kept mine.csv     makes such runs: 5,000 images, 20 epochs, three seeds
 
 The report is "Residual Network Design" by Shamooun, Deshmukh and Alamuru, from which minires's network comes.
 9_report.md says what its text describes and what its script does instead.
@@ -71,7 +71,7 @@ def make_runs(path, seeds):
         print(*rows[-1], flush=True)
         names = [] if path.exists() else [["variant", "seed", "epoch", "loss", "all", "last_16", "training_mode"]]
         with open(path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(names + rows)
+            csv.writer(file, lineterminator="\n").writerows(names + rows)
 
 
 def accuracy_in_training_mode(model, images, labels, batch_size=128):
@@ -165,7 +165,7 @@ def print_table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description="What a report's numbers can carry.", allow_abbrev=False)
-    parser.add_argument("--full", action="store_true", help="make the runs that the table is from")
+    parser.add_argument("--full", action="store_true", help="make the runs that are not in the file yet")
     parser.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help="with --full: of each variant; 3")
     parser.add_argument("--kept", type=folder, default=KEPT, metavar="FILE", help=f"the runs; default {KEPT.name}")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the short trainings; default 0")

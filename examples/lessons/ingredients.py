@@ -1,7 +1,7 @@
 """What is each ingredient of a recipe worth? A small network is trained with all of them, and without each.
 
-    python examples/lessons/ingredients.py                 the table of the kept runs; two short trainings, to compare
-    python examples/lessons/ingredients.py --full          makes the kept runs: eight variants, three seeds each
+    python examples/lessons/ingredients.py                            the kept runs; two short trainings, to compare
+    python examples/lessons/ingredients.py --full --kept mine.csv     makes such runs: eight variants, three seeds each
 
 The recipe is `fast` of recipes.py for a network with an eighth of the channels and for the 1,000 training images of the
 sample: 40 epochs take a minute. So it shows how to ask the question, and what is large and what is small here; for
@@ -98,8 +98,10 @@ def make_runs(path, seeds):
         print(*rows[-1], flush=True)
         begun = path.exists()
         with open(path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([] if begun else [["variant", "seed", "epoch", "train", "test"]])
-            csv.writer(file).writerows(rows)
+            csv.writer(file, lineterminator="\n").writerows(
+                [] if begun else [["variant", "seed", "epoch", "train", "test"]]
+            )
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def read(path=KEPT):
@@ -127,7 +129,8 @@ def print_table(rows):
     for variant in VARIANTS:
         found = np.array(list(test[variant].values()))
         seen = np.mean(list(training[variant].values()))
-        tested = f"{found.mean():.1f} % on the test images (deviation {found.std(ddof=1):.1f})"
+        deviation = f"deviation {found.std(ddof=1):.1f}" if len(found) > 1 else "one run"
+        tested = f"{found.mean():.1f} % on the test images ({deviation})"
         print(f"{variant}: {tested}, {seen:.1f} % in training")
     for variant in VARIANTS:
         if variant != "the recipe":
@@ -137,7 +140,7 @@ def print_table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description="What each ingredient of a recipe is worth.", allow_abbrev=False)
-    parser.add_argument("--full", action="store_true", help="make the runs that the table is from")
+    parser.add_argument("--full", action="store_true", help="make the runs that are not in the file yet")
     parser.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help="with --full: of each variant; 3")
     parser.add_argument("--kept", type=folder, default=KEPT, metavar="FILE", help=f"the runs; default {KEPT.name}")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the short trainings; default 0")
