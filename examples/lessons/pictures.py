@@ -10,6 +10,7 @@ layout that depends on the width of letters, so that the tests can compare the f
 import argparse
 import pathlib
 
+import ingredients
 import numpy as np
 import residual
 
@@ -189,11 +190,45 @@ def filters():
     return figure
 
 
+def ingredients_of_a_recipe():
+    """The curves of the kept runs of lesson 7, and what each ingredient is worth there."""
+    figure = figure_class()(figsize=(10, 4))
+    curves, worth = figure.add_axes((0.06, 0.13, 0.4, 0.77)), figure.add_axes((0.66, 0.13, 0.32, 0.77))
+    rows = ingredients.read()
+    for variant, color in zip(ingredients.CURVES, (FORWARD, BACKWARD, "tab:green"), strict=True):
+        of_variant = [row for row in rows if row["variant"] == variant]
+        for seed in sorted({row["seed"] for row in of_variant}):
+            of_seed = [row for row in of_variant if row["seed"] == seed]
+            epochs = [int(row["epoch"]) for row in of_seed]
+            for part, line in (("train", ":"), ("test", "-")):
+                values = [100 * float(row[part]) for row in of_seed]
+                curves.plot(
+                    epochs, values, line, lw=1.5, color=color, label=variant if part + seed == "test0" else None
+                )
+    curves.set_title("percent right: test images, and dotted in training", size=11)
+    curves.set(xlabel="epoch", xlim=(0, ingredients.EPOCHS + 1), ylim=(15, 105))
+    curves.grid(alpha=0.3)
+    curves.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
+
+    without = [variant for variant in ingredients.VARIANTS if variant != "the recipe"]
+    for row, variant in enumerate(without):
+        points = ingredients.differences(ingredients.at_the_end(rows), variant)
+        worth.plot(points, [row] * len(points), "o", ms=5, color=FORWARD, alpha=0.6)
+        worth.plot([points.mean()], [row], "|", ms=16, mew=2, color=BACKWARD)
+    worth.axvline(0, color=INK, lw=1)
+    worth.set_title("the recipe is better by, points", size=11)
+    worth.set_yticks(range(len(without)), without)
+    worth.set_ylim(len(without) - 0.5, -0.5)
+    worth.grid(alpha=0.3)
+    return figure
+
+
 PICTURES = {
     "residual_block.png": residual_block,
     "im2col.png": im2col,
     "gradient_norms.png": gradient_norms,
     "filters.png": filters,
+    "ingredients.png": ingredients_of_a_recipe,
 }
 
 
