@@ -57,8 +57,8 @@ def train(args, run):
     model = make_model(args).to(device)
     loss_function = minires.SoftmaxCrossEntropy(args.label_smoothing)
     optimizer = make_optimizer(args, model)
-    average = minires.WeightAverage(optimizer, args.ema) if args.ema else None
     run.ranks.distribute(model, optimizer, loss_function, args.local_batch_norm)
+    average = minires.WeightAverage(optimizer, args.ema) if args.ema else None
     begin(args, run, data, model, optimizer, average)
 
     def forward_and_backward(images, labels):

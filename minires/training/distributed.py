@@ -53,7 +53,8 @@ class OneProcess:
         """Let forward, backward and loss be those of the whole batch, and the weights those of rank 0.
 
         Args        local_batch_norm: BatchNorm takes the statistics of each process's part of the batch by itself
-        Limits      a gradient is summed when backward returns: one backward after each zero_grad
+        Limits      a gradient is summed when backward returns: one backward after each zero_grad. A WeightAverage is
+                    made afterwards, or it would begin with the weights of each process
         """
 
     def choose_device(self, device):
