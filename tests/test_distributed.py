@@ -418,7 +418,7 @@ def test_several_processes_without_mpi4py_are_told_once(monkeypatch, size, rank)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setenv(size, "3")
     monkeypatch.setenv(rank, "0")
-    with pytest.raises(UsageError, match=r'takes mpi4py \(.*\): pip install -e "\.\[mpi\]"'):
+    with pytest.raises(UsageError, match=rf'{size} asks for .* takes mpi4py \(.*\): pip install -e "\.\[mpi\]"'):
         launch.processes()
     monkeypatch.setenv(rank, "1")
     with pytest.raises(SystemExit, match="2"):
@@ -430,8 +430,9 @@ def test_a_single_process_asks_for_no_mpi(monkeypatch):
     for size, _ in launch.LAUNCHERS:
         monkeypatch.delenv(size, raising=False)
     assert type(launch.processes()) is OneProcess
-    monkeypatch.setenv("PMI_SIZE", "1")
-    assert type(launch.processes()) is OneProcess
+    for one in ("1", "", "none"):
+        monkeypatch.setenv("PMI_SIZE", one)
+        assert type(launch.processes()) is OneProcess
     with pytest.raises(UsageError, match="mpi4py"):
         launch.processes(distributed=True)
 
@@ -579,8 +580,26 @@ def test_another_launcher_than_that_of_mpi4py_is_told(monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: this is one of 4 processes, but mpi4py's MPI \(.*\) sees 1: start them .*\n", done.stderr
+        r"error: by SLURM_STEP_NUM_TASKS this is one of 4 processes, but mpi4py's MPI \(.*\) sees 1: start them by .*, "
+        r"or unset SLURM_STEP_NUM_TASKS to train in one process\n",
+        done.stderr,
     )
+
+
+@mpi
+def test_what_another_launcher_has_left_in_the_environment_does_not_count(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # of srun --pty, in which mpiexec was called
+    code, out, err = code_job(2, "print(ranks.size)")
+    assert (code, out) == (0, "2\n"), err
+
+
+@mpi
+def test_all_processes_can_say_what_an_encoding_lacks(monkeypatch):
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:backslashreplace")  # of rank 0; the others write into nowhere
+    code, out, err = code_job(2, "print(chr(252), chr(0xdcc3), flush=True)\nranks.gather(0)")
+    assert (code, out) == (0, "\\xfc \\udcc3\n"), err
 
 
 @mpi
