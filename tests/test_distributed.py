@@ -27,7 +27,7 @@ from threaded_mpi import run_ranks
 import minires
 from minires.batches import Batches
 from minires.kernels import reference
-from minires.training import launch
+from minires.training import distributed, launch
 from minires.training.distributed import OneProcess, RanksDifferError
 from minires.training.folder import UsageError
 from minires.training.gradients import GradientSums
@@ -561,6 +561,26 @@ def test_a_number_that_is_not_finite_names_layer_and_rank(tmp_path):
     assert code == 1
     assert "the first number that is not finite is in the output of conv1 of rank 1" in err
     assert err.count("error:") == 1
+
+
+def test_ranks_share_the_cores_that_they_are_bound_to(monkeypatch):
+    """Two on each of two sockets; all four on the whole machine, where the system tells nothing."""
+    threads, given = [], []
+
+    def socket(_):
+        if threading.get_ident() not in threads:
+            threads.append(threading.get_ident())
+        first = 4 * (threads.index(threading.get_ident()) // 2)
+        return {first, first + 1, first + 2, first + 3}
+
+    monkeypatch.delenv("MINIRES_NUM_THREADS")
+    monkeypatch.setattr(distributed, "num_threads", lambda: 4)
+    monkeypatch.setattr(distributed, "set_num_threads", given.append)
+    monkeypatch.setattr(os, "sched_getaffinity", socket, raising=False)
+    run_ranks(4, lambda ranks: None)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    run_ranks(4, lambda ranks: None)
+    assert given == [2] * 4 + [1] * 4
 
 
 @mpi

@@ -104,9 +104,9 @@ class Processes(OneProcess):
         self.rank, self.size = self.world.rank, self.world.size
         self.neighbours = self.world.Split_type(mpi.COMM_TYPE_SHARED)  # on the same machine
         self.nccl, self.local_batch_norm, self.under_way = None, False, []
-        if "MINIRES_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-            bound = len(set(map(frozenset, self.neighbours.allgather(os.sched_getaffinity(0))))) > 1
-            sharing = 1 if bound else self.neighbours.size  # a launcher may have given each process cores of its own
+        if "MINIRES_NUM_THREADS" not in os.environ:
+            cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+            sharing = self.neighbours.allgather(cores).count(cores)  # a launcher may have given others other cores
             set_num_threads(max(1, num_threads() // sharing))
 
     def distribute(self, model, optimizer, loss_function, local_batch_norm=False):
