@@ -259,6 +259,12 @@ def test_the_timeline_needs_several_processes():
 
 
 @mpi
+def test_the_timeline_asks_for_matplotlib_before_it_measures(tmp_path):
+    code, out, err = job(2, ROOT / "examples" / "ranks.py", tmp_path / "timeline.svg")
+    assert (code, out, err) == (2, "", "error: hidden\n")  # as tests/without_pictures says it
+
+
+@mpi
 @pytest.mark.slow
 def test_the_benchmark_compares_processes_and_a_picture_shows_a_step(tmp_path):
     words = ["--ranks", "2", "--rounds", "1", "--steps", "1", "--batch-size", "4"]
