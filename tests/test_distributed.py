@@ -3,6 +3,7 @@
 Ranks are threads in some tests, and processes under mpiexec in those that need mpi4py.
 """
 
+import copy
 import ctypes
 import inspect
 import json
@@ -27,7 +28,7 @@ from threaded_mpi import run_ranks
 import minires
 from minires.batches import Batches
 from minires.kernels import reference
-from minires.training import distributed, launch
+from minires.training import Run, distributed, launch
 from minires.training.distributed import OneProcess, RanksDifferError
 from minires.training.folder import UsageError
 from minires.training.gradients import GradientSums
@@ -154,6 +155,18 @@ def test_a_batch_that_was_not_cut_by_ranks_is_refused():
         run_ranks(2, wrong)
 
 
+def test_a_model_that_is_trained_together_is_not_copied():
+    """The copy's backward would be that of the first."""
+
+    def copy_it(ranks):
+        model = minires.ResNet((1,), (4,))
+        ranks.distribute(model, minires.SGD(model.parameters(), 0.1), minires.SoftmaxCrossEntropy())
+        return copy.deepcopy(model)
+
+    with pytest.raises(TypeError, match=r"cannot be copied: load its state_dict\(\) into another one"):
+        run_ranks(2, copy_it)
+
+
 def test_ranks_that_differ_are_named_with_the_layer():
     def differ(ranks):
         model = minires.ResNet((1,), (4,), seed=0)
@@ -166,6 +179,25 @@ def test_ranks_that_differ_are_named_with_the_layer():
         RanksDifferError, match=r"after epoch 2, rank 1 \(on here\) .* the first in layer1\.0\.conv2\.weight"
     ):
         run_ranks(3, differ)
+
+
+def test_a_run_finds_ranks_that_differ_after_its_first_step(tmp_path):
+    def differ(ranks):
+        model, loss_function = minires.ResNet((1,), (4,), seed=0), minires.SoftmaxCrossEntropy()
+        optimizer = minires.SGD(model.parameters(), 0.1)
+        ranks.distribute(model, optimizer, loss_function)
+        model.conv1.weight.data[...] *= 1 + ranks.rank
+        batches = Batches(np.ones((8, 8, 8, 3), np.float32), np.zeros(8, int), np.arange(8), 4, ranks=ranks)
+        with Run(tmp_path / "run", ranks=ranks) as run:
+            run.track(model, optimizer, epochs=1, steps_per_epoch=2)
+            for _ in run.epochs():
+                for images, labels in run.steps(batches):
+                    loss_function(model(images), labels)
+                    model.backward(loss_function.backward())
+                    optimizer.step()
+
+    with pytest.raises(RanksDifferError, match="after step 1, rank 1 .* its processor is of another kind"):
+        run_ranks(2, differ)
 
 
 def test_an_error_of_the_first_rank_is_raised_in_all():

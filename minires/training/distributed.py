@@ -44,7 +44,8 @@ class RanksDifferError(RuntimeError):
 class OneProcess:
     """A single process, which has all of each batch: nothing is exchanged."""
 
-    rank, size, total = 0, 1, None
+    rank, size = 0, 1
+    total = None  # the number of images in the batch at hand, in all processes, where there are several
 
     def __bool__(self):
         return type(self) is not OneProcess  # which is as good as None, and layers have None
@@ -64,10 +65,6 @@ class OneProcess:
     def part(self, count):
         """Return the slice of `count` things that is this process's; those of two processes differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-    def images(self, count):
-        """Return how many images the batch has of which this process has `count`."""
-        return count
 
     def sum(self, array):
         """Add up the arrays of all processes, in place, and return it."""
@@ -97,7 +94,7 @@ class OneProcess:
 
 
 class Processes(OneProcess):
-    """The processes of MPI.COMM_WORLD. `total` is the number of images in the batch at hand, in all processes."""
+    """The processes of MPI.COMM_WORLD."""
 
     def __init__(self, mpi):
         self.mpi, self.world = mpi, mpi.COMM_WORLD
@@ -132,6 +129,9 @@ class Processes(OneProcess):
             self.nccl = NCCL(self)
         return device
 
+    def __reduce_ex__(self, _):
+        raise TypeError("a model that several processes train cannot be copied: load its state_dict() into another one")
+
     # What the layers and the loss ask
 
     @property
@@ -147,9 +147,6 @@ class Processes(OneProcess):
                 "Batches(..., ranks=ranks), or set ranks.total to the size of each batch and cut it by ranks.part"
             )
         return count / self.total
-
-    def images(self, count):
-        return self.total
 
     def mean(self, value, count):
         """Return the mean over the batch of what has the mean `value` over the images of this process."""
@@ -167,8 +164,8 @@ class Processes(OneProcess):
         var_of_all = array_module(x).maximum(squares - mean_of_all**2, 0)
         return mean_of_all.astype(mean.dtype), var_of_all.astype(var.dtype), self.total * math.prod(x.shape[1:-1])
 
-    def shares(self, x, *sums):
-        """Return sums over all rows of the batch, times the share of the rows that x has."""
+    def backward_sums(self, x, *sums):
+        """Return sums over the whole batch, times the share of it that x has: what they meet is divided by x's rows."""
         total = self.sum(array_module(x).stack(sums).astype("float64")) * self.share(len(x))
         return tuple(total.astype(sums[0].dtype))
 
@@ -231,8 +228,9 @@ class Processes(OneProcess):
         for rank, (name, machine) in enumerate(self.gather((different, self.mpi.Get_processor_name()))):
             if name:
                 raise RanksDifferError(
-                    f"after {when}, rank {rank} (on {machine}) has other numbers than rank 0, the first in {name}: "
-                    "resume the run from its last checkpoint, and if this comes again, do without that machine"
+                    f"after {when}, rank {rank} (on {machine}) has other numbers than rank 0, the first in {name}: its "
+                    "processor is of another kind, which rounds clipping and Muon otherwise, or its memory fails: do "
+                    "without that machine"
                 )
 
     def same_statistics(self, model):
