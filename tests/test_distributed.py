@@ -196,7 +196,7 @@ def test_a_run_finds_ranks_that_differ_after_its_first_step(tmp_path):
                     model.backward(loss_function.backward())
                     optimizer.step()
 
-    with pytest.raises(RanksDifferError, match="after step 1, rank 1 .* its processor is of another kind"):
+    with pytest.raises(RanksDifferError, match=r"after step 1, rank 1 .* its processor is of another kind"):
         run_ranks(2, differ)
 
 
@@ -572,6 +572,17 @@ def test_an_error_of_all_processes_is_one_line():
     code, _, err = job(3, ROOT / "examples" / "train_cifar.py", "--epochs", "none")
     assert code == 2
     assert err.count("usage:") == 1
+
+
+@mpi
+def test_a_batch_too_small_for_local_statistics_is_told_before_the_run_begins(tmp_path):
+    flags = [*TINY, "--local-batch-norm", "--out", tmp_path / "run"]
+    code, out, err = job(3, ROOT / "examples" / "train_cifar.py", *flags, "--batch-size", "2")
+    assert (code, out) == (2, "")
+    assert "for each of the 3 processes, and the smallest has 2: start fewer" in err
+    assert not (tmp_path / "run").exists()
+    code, _, err = job(2, ROOT / "examples" / "train_cifar.py", *flags, "--batch-size", "2")
+    assert code == 0, err
 
 
 @mpi
