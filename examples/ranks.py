@@ -21,6 +21,7 @@ import numpy as np
 
 import minires
 from minires.kernels import num_threads, set_num_threads
+from minires.plots import figure_class
 from minires.training import UsageError
 from minires.training.arguments import at_least
 from minires.training.launch import INSTALL, processes
@@ -256,12 +257,8 @@ def timed_layer(method, way, spans):
 
 
 def draw(everything, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(11, 0.9 + 1.1 * len(everything)), layout="constrained")
+    figure = figure_class()(figsize=(11, 0.9 + 1.1 * len(everything)), layout="constrained")
+    axes = figure.subplots()
     labels = {
         "forward": "forward",
         "backward": "backward",
@@ -281,8 +278,10 @@ def draw(everything, path):
     axes.set_xlabel("milliseconds")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=5, frameon=False, fontsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    pyplot.rcParams["svg.fonttype"] = "none"
-    figure.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else None, dpi=110)
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else None, dpi=110)
 
 
 def main():
@@ -299,6 +298,10 @@ def main():
         return serve(ranks, args.serve, args.threads, args.batch_size)
     if not ranks:
         raise UsageError("a timeline is that of several processes: mpiexec -n 2 python examples/ranks.py")
+    try:
+        figure_class()
+    except ImportError as error:
+        raise UsageError(str(error)) from error
     return trace(ranks, args.batch_size, args.picture)
 
 

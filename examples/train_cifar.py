@@ -54,11 +54,12 @@ def train(args, run):
     device = run.ranks.choose_device(args.device)
     dtype, loss_scale, recorded = choose_precision(args, device)
     data = load_data(args, run, device)
+    check_parts(args, run, data)
     model = make_model(args).to(device)
     loss_function = minires.SoftmaxCrossEntropy(args.label_smoothing)
     optimizer = make_optimizer(args, model)
-    average = minires.WeightAverage(optimizer, args.ema) if args.ema else None
     run.ranks.distribute(model, optimizer, loss_function, args.local_batch_norm)
+    average = minires.WeightAverage(optimizer, args.ema) if args.ema else None
     begin(args, run, data, model, optimizer, average)
 
     def forward_and_backward(images, labels):
@@ -128,6 +129,18 @@ def load_data(args, run, device):
         sha256=sha256,
         first_images=(data.train_images[:50], data.train_labels[:50]),
     )
+
+
+def check_parts(args, run, data):
+    """Refuse statistics of parts where a process would have no image of a batch, of which the last is the smallest."""
+    images = min(len(data.train[1]), data.steps_per_epoch * args.batch_size)
+    passes = [images, min(images, STATISTICS_IMAGES)] if args.ema else [images]
+    smallest = min((count - 1) % args.batch_size + 1 for count in passes)
+    if args.local_batch_norm and smallest < run.ranks.size:
+        raise UsageError(
+            f"--local-batch-norm takes an image of every batch for each of the {run.ranks.size} processes, and the "
+            f"smallest has {smallest}: start fewer processes, or choose another --batch-size than {args.batch_size}"
+        )
 
 
 def make_model(args):

@@ -22,8 +22,10 @@ def measure_statistics(model, batches):
     Source      Izmailov et al. 2018, "Averaging weights leads to wider optima", section 3.2
     """
     norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
+    if not norms:
+        return
     momenta = [norm.momentum for norm in norms]
-    ranks = next((norm.ranks for norm in norms), None)  # the processes that share each batch
+    ranks = norms[0].ranks  # the processes that share each batch
     with evaluation_mode(model):
         try:
             seen = 0
@@ -35,7 +37,7 @@ def measure_statistics(model, batches):
                 for norm in norms:
                     norm.training, norm.momentum = True, count / seen  # the mean over all images so far
                 model(images)
-            if not seen and norms:
+            if not seen:
                 raise ValueError("measure_statistics: expected at least one batch of images, got none")
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

@@ -253,7 +253,7 @@ class BatchNorm2d(Module):
         _check_dout(self, dout, x.shape, x.dtype)
         kernels = kernels_for(dout)
         dout, dweight, dbias = kernels.batch_norm_add_relu_backward_sums(dout, x, out, mean, var, self.eps)
-        sums = self.ranks.shares(x, dweight, dbias) if self.ranks else (dweight, dbias)
+        sums = self.ranks.backward_sums(x, dweight, dbias) if self.ranks else (dweight, dbias)
         dx = kernels.batch_norm_backward(dout, x, self.weight.data, mean, var, self.eps, *sums)
         self.weight.grad += dweight.astype(self.weight.grad.dtype, copy=False)  # sums may be float64 up to here
         self.bias.grad += dbias.astype(self.bias.grad.dtype, copy=False)

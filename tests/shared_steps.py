@@ -31,6 +31,8 @@ VARIANTS = {
     "label smoothing": {"label_smoothing": 0.2},
     "dropout": {"dropout": 0.4},
     "average": {"average": True, "momentum": 0.9},
+    "average without BatchNorm": {"average": True, "batch_norm": False, "lr": 0.01},
+    "Muon": {"muon": True, "weight_decay": 5e-4, "decay_vectors": False, "bias_lr": 8.0, "max_norm": 0.3},
     "everything": {"adam": True, "lr": 1e-3, "dropout": 0.4, "average": True, "max_norm": 0.3, "label_smoothing": 0.1},
     "batches of one": {"batch_size": 1, "batch_norm": False, "lr": 0.01},
 }
@@ -43,7 +45,9 @@ def train(
     batch_norm=True,
     dropout=0.0,
     adam=False,
+    muon=False,
     lr=0.1,
+    bias_lr=1.0,
     momentum=0.0,
     label_smoothing=0.0,
     average=False,
@@ -57,14 +61,17 @@ def train(
     # of each rank its own: they begin from those of rank 0
     model = minires.ResNet((1, 1), (6, 10), dropout=dropout, batch_norm=batch_norm, seed=ranks.rank).to(device, dtype)
     loss_function = minires.SoftmaxCrossEntropy(label_smoothing)
+    for module in model.modules():
+        if isinstance(module, minires.BatchNorm2d):
+            module.bias.lr_factor = bias_lr
     if adam:
         optimizer = minires.Adam(model.parameters(), lr, **options)
+    elif muon:
+        optimizer = minires.Muon(model.parameters(), lr, **options)
     else:
         optimizer = minires.SGD(model.parameters(), lr, momentum, **options)
-    average = minires.WeightAverage(optimizer, 0.9) if average else None
     ranks.distribute(model, optimizer, loss_function, local)
-    if average:
-        average.flat_average[...] = optimizer.flat.data
+    average = minires.WeightAverage(optimizer, 0.9) if average else None
 
     on_device = to_device(images, device), to_device(labels, device)
 

@@ -3,6 +3,7 @@
 Ranks are threads in some tests, and processes under mpiexec in those that need mpi4py.
 """
 
+import copy
 import ctypes
 import importlib.util
 import inspect
@@ -28,7 +29,7 @@ from threaded_mpi import run_ranks
 import minires
 from minires.batches import Batches
 from minires.kernels import reference
-from minires.training import launch
+from minires.training import Run, distributed, launch
 from minires.training.distributed import OneProcess, RanksDifferError
 from minires.training.folder import UsageError
 from minires.training.gradients import GradientSums
@@ -155,6 +156,18 @@ def test_a_batch_that_was_not_cut_by_ranks_is_refused():
         run_ranks(2, wrong)
 
 
+def test_a_model_that_is_trained_together_is_not_copied():
+    """The copy's backward would be that of the first."""
+
+    def copy_it(ranks):
+        model = minires.ResNet((1,), (4,))
+        ranks.distribute(model, minires.SGD(model.parameters(), 0.1), minires.SoftmaxCrossEntropy())
+        return copy.deepcopy(model)
+
+    with pytest.raises(TypeError, match=r"cannot be copied: load its state_dict\(\) into another one"):
+        run_ranks(2, copy_it)
+
+
 def test_ranks_that_differ_are_named_with_the_layer():
     def differ(ranks):
         model = minires.ResNet((1,), (4,), seed=0)
@@ -167,6 +180,25 @@ def test_ranks_that_differ_are_named_with_the_layer():
         RanksDifferError, match=r"after epoch 2, rank 1 \(on here\) .* the first in layer1\.0\.conv2\.weight"
     ):
         run_ranks(3, differ)
+
+
+def test_a_run_finds_ranks_that_differ_after_its_first_step(tmp_path):
+    def differ(ranks):
+        model, loss_function = minires.ResNet((1,), (4,), seed=0), minires.SoftmaxCrossEntropy()
+        optimizer = minires.SGD(model.parameters(), 0.1)
+        ranks.distribute(model, optimizer, loss_function)
+        model.conv1.weight.data[...] *= 1 + ranks.rank
+        batches = Batches(np.ones((8, 8, 8, 3), np.float32), np.zeros(8, int), np.arange(8), 4, ranks=ranks)
+        with Run(tmp_path / "run", ranks=ranks) as run:
+            run.track(model, optimizer, epochs=1, steps_per_epoch=2)
+            for _ in run.epochs():
+                for images, labels in run.steps(batches):
+                    loss_function(model(images), labels)
+                    model.backward(loss_function.backward())
+                    optimizer.step()
+
+    with pytest.raises(RanksDifferError, match=r"after step 1, rank 1 .* its processor is of another kind"):
+        run_ranks(2, differ)
 
 
 def test_an_error_of_the_first_rank_is_raised_in_all():
@@ -257,6 +289,12 @@ def test_the_timeline_needs_several_processes():
     done = subprocess.run([sys.executable, str(ROOT / "examples" / "ranks.py")], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: a timeline is that of several processes: mpiexec -n 2 python examples/ranks.py\n"
+
+
+@mpi
+def test_the_timeline_asks_for_matplotlib_before_it_measures(tmp_path):
+    code, out, err = job(2, ROOT / "examples" / "ranks.py", tmp_path / "timeline.svg")
+    assert (code, out, err) == (2, "", "error: hidden\n")  # as tests/without_pictures says it
 
 
 @mpi
@@ -420,7 +458,7 @@ def test_several_processes_without_mpi4py_are_told_once(monkeypatch, size, rank)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.setenv(size, "3")
     monkeypatch.setenv(rank, "0")
-    with pytest.raises(UsageError, match=r'takes mpi4py \(.*\): pip install -e "\.\[mpi\]"'):
+    with pytest.raises(UsageError, match=rf'{size} asks for .* takes mpi4py \(.*\): pip install -e "\.\[mpi\]"'):
         launch.processes()
     monkeypatch.setenv(rank, "1")
     with pytest.raises(SystemExit, match="2"):
@@ -432,8 +470,9 @@ def test_a_single_process_asks_for_no_mpi(monkeypatch):
     for size, _ in launch.LAUNCHERS:
         monkeypatch.delenv(size, raising=False)
     assert type(launch.processes()) is OneProcess
-    monkeypatch.setenv("PMI_SIZE", "1")
-    assert type(launch.processes()) is OneProcess
+    for one in ("1", "", "none"):
+        monkeypatch.setenv("PMI_SIZE", one)
+        assert type(launch.processes()) is OneProcess
     with pytest.raises(UsageError, match="mpi4py"):
         launch.processes(distributed=True)
 
@@ -538,6 +577,17 @@ def test_an_error_of_all_processes_is_one_line():
 
 
 @mpi
+def test_a_batch_too_small_for_local_statistics_is_told_before_the_run_begins(tmp_path):
+    flags = [*TINY, "--local-batch-norm", "--out", tmp_path / "run"]
+    code, out, err = job(3, ROOT / "examples" / "train_cifar.py", *flags, "--batch-size", "2")
+    assert (code, out) == (2, "")
+    assert "for each of the 3 processes, and the smallest has 2: start fewer" in err
+    assert not (tmp_path / "run").exists()
+    code, _, err = job(2, ROOT / "examples" / "train_cifar.py", *flags, "--batch-size", "2")
+    assert code == 0, err
+
+
+@mpi
 def test_a_number_that_is_not_finite_names_layer_and_rank(tmp_path):
     code, _, err = code_job(
         2,
@@ -564,6 +614,26 @@ def test_a_number_that_is_not_finite_names_layer_and_rank(tmp_path):
     assert err.count("error:") == 1
 
 
+def test_ranks_share_the_cores_that_they_are_bound_to(monkeypatch):
+    """Two on each of two sockets; all four on the whole machine, where the system tells nothing."""
+    threads, given = [], []
+
+    def socket(_):
+        if threading.get_ident() not in threads:
+            threads.append(threading.get_ident())
+        first = 4 * (threads.index(threading.get_ident()) // 2)
+        return {first, first + 1, first + 2, first + 3}
+
+    monkeypatch.delenv("MINIRES_NUM_THREADS")
+    monkeypatch.setattr(distributed, "num_threads", lambda: 4)
+    monkeypatch.setattr(distributed, "set_num_threads", given.append)
+    monkeypatch.setattr(os, "sched_getaffinity", socket, raising=False)
+    run_ranks(4, lambda ranks: None)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    run_ranks(4, lambda ranks: None)
+    assert given == [2] * 4 + [1] * 4
+
+
 @mpi
 def test_ranks_on_one_machine_share_its_cores(monkeypatch):
     monkeypatch.delenv("MINIRES_NUM_THREADS")
@@ -581,8 +651,26 @@ def test_another_launcher_than_that_of_mpi4py_is_told(monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: this is one of 4 processes, but mpi4py's MPI \(.*\) sees 1: start them .*\n", done.stderr
+        r"error: by SLURM_STEP_NUM_TASKS this is one of 4 processes, but mpi4py's MPI \(.*\) sees 1: start them by .*, "
+        r"or unset SLURM_STEP_NUM_TASKS to train in one process\n",
+        done.stderr,
     )
+
+
+@mpi
+def test_what_another_launcher_has_left_in_the_environment_does_not_count(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # of srun --pty, in which mpiexec was called
+    code, out, err = code_job(2, "print(ranks.size)")
+    assert (code, out) == (0, "2\n"), err
+
+
+@mpi
+def test_all_processes_can_say_what_an_encoding_lacks(monkeypatch):
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:backslashreplace")  # of rank 0; the others write into nowhere
+    code, out, err = code_job(2, "print(chr(252), chr(0xdcc3), flush=True)\nranks.gather(0)")
+    assert (code, out) == (0, "\\xfc \\udcc3\n"), err
 
 
 @mpi

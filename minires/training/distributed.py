@@ -44,7 +44,8 @@ class RanksDifferError(RuntimeError):
 class OneProcess:
     """A single process, which has all of each batch: nothing is exchanged."""
 
-    rank, size, total = 0, 1, None
+    rank, size = 0, 1
+    total = None  # the number of images in the batch at hand, in all processes, where there are several
 
     def __bool__(self):
         return type(self) is not OneProcess  # which is as good as None, and layers have None
@@ -53,7 +54,8 @@ class OneProcess:
         """Let forward, backward and loss be those of the whole batch, and the weights those of rank 0.
 
         Args        local_batch_norm: BatchNorm takes the statistics of each process's part of the batch by itself
-        Limits      a gradient is summed when backward returns: one backward after each zero_grad
+        Limits      a gradient is summed when backward returns: one backward after each zero_grad. A WeightAverage is
+                    made afterwards, or it would begin with the weights of each process
         """
 
     def choose_device(self, device):
@@ -63,10 +65,6 @@ class OneProcess:
     def part(self, count):
         """Return the slice of `count` things that is this process's; those of two processes differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-    def images(self, count):
-        """Return how many images the batch has of which this process has `count`."""
-        return count
 
     def sum(self, array):
         """Add up the arrays of all processes, in place, and return it."""
@@ -96,16 +94,16 @@ class OneProcess:
 
 
 class Processes(OneProcess):
-    """The processes of MPI.COMM_WORLD. `total` is the number of images in the batch at hand, in all processes."""
+    """The processes of MPI.COMM_WORLD."""
 
     def __init__(self, mpi):
         self.mpi, self.world = mpi, mpi.COMM_WORLD
         self.rank, self.size = self.world.rank, self.world.size
         self.neighbours = self.world.Split_type(mpi.COMM_TYPE_SHARED)  # on the same machine
         self.nccl, self.local_batch_norm, self.under_way = None, False, []
-        if "MINIRES_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-            bound = len(set(map(frozenset, self.neighbours.allgather(os.sched_getaffinity(0))))) > 1
-            sharing = 1 if bound else self.neighbours.size  # a launcher may have given each process cores of its own
+        if "MINIRES_NUM_THREADS" not in os.environ:
+            cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+            sharing = self.neighbours.allgather(cores).count(cores)  # a launcher may have given others other cores
             set_num_threads(max(1, num_threads() // sharing))
 
     def distribute(self, model, optimizer, loss_function, local_batch_norm=False):
@@ -131,6 +129,9 @@ class Processes(OneProcess):
             self.nccl = NCCL(self)
         return device
 
+    def __reduce_ex__(self, _):
+        raise TypeError("a model that several processes train cannot be copied: load its state_dict() into another one")
+
     # What the layers and the loss ask
 
     @property
@@ -146,9 +147,6 @@ class Processes(OneProcess):
                 "Batches(..., ranks=ranks), or set ranks.total to the size of each batch and cut it by ranks.part"
             )
         return count / self.total
-
-    def images(self, count):
-        return self.total
 
     def mean(self, value, count):
         """Return the mean over the batch of what has the mean `value` over the images of this process."""
@@ -166,8 +164,8 @@ class Processes(OneProcess):
         var_of_all = array_module(x).maximum(squares - mean_of_all**2, 0)
         return mean_of_all.astype(mean.dtype), var_of_all.astype(var.dtype), self.total * math.prod(x.shape[1:-1])
 
-    def shares(self, x, *sums):
-        """Return sums over all rows of the batch, times the share of the rows that x has."""
+    def backward_sums(self, x, *sums):
+        """Return sums over the whole batch, times the share of it that x has: what they meet is divided by x's rows."""
         total = self.sum(array_module(x).stack(sums).astype("float64")) * self.share(len(x))
         return tuple(total.astype(sums[0].dtype))
 
@@ -230,8 +228,9 @@ class Processes(OneProcess):
         for rank, (name, machine) in enumerate(self.gather((different, self.mpi.Get_processor_name()))):
             if name:
                 raise RanksDifferError(
-                    f"after {when}, rank {rank} (on {machine}) has other numbers than rank 0, the first in {name}: "
-                    "resume the run from its last checkpoint, and if this comes again, do without that machine"
+                    f"after {when}, rank {rank} (on {machine}) has other numbers than rank 0, the first in {name}: its "
+                    "processor is of another kind, which rounds clipping and Muon otherwise, or its memory fails: do "
+                    "without that machine"
                 )
 
     def same_statistics(self, model):

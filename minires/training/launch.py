@@ -34,10 +34,10 @@ def processes(distributed=False):
     Args        distributed: True takes MPI also where no launcher is seen
     Raises      UsageError, in one of them, where MPI is missing or is not the launcher's
     """
-    names = next((names for names in LAUNCHERS if os.environ.get(names[0], "1") != "1"), None)
-    if not names and not distributed:
+    counts = {name: _number(name) for name, _ in LAUNCHERS if _number(name) > 1}
+    if not counts and not distributed:
         return OneProcess()
-    started, rank = (int(os.environ.get(name, 0)) for name in names) if names else (1, 0)
+    name = next(iter(counts), "--distributed")
     try:
         try:
             with warnings.catch_warnings():
@@ -46,19 +46,27 @@ def processes(distributed=False):
         except (ImportError, RuntimeError) as error:  # RuntimeError: the library itself is not there
             reason = str(error).splitlines()[0]
             raise UsageError(
-                f"to train in several processes takes mpi4py ({reason}): {INSTALL}, which brings an mpiexec as well"
+                f"{name} asks for several processes, which takes mpi4py ({reason}): {INSTALL}, which brings an mpiexec "
+                "as well"
             ) from error
-        if names and MPI.COMM_WORLD.size != started:
+        if counts and MPI.COMM_WORLD.size not in counts.values():
             library = " ".join(MPI.Get_library_version().split()[:3])
             raise UsageError(
-                f"this is one of {started} processes, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: start "
-                f"them by the mpiexec of that MPI, which {INSTALL} puts into {os.path.dirname(sys.executable)}"
+                f"by {name} this is one of {counts[name]} processes, but mpi4py's MPI ({library}) sees "
+                f"{MPI.COMM_WORLD.size}: start them by the mpiexec of that MPI, which {INSTALL} puts into "
+                f"{os.path.dirname(sys.executable)}, or unset {name} to train in one process"
             )
     except UsageError:
-        if rank:  # each process sees the same, and one says it
+        if counts and all(_number(rank) for size, rank in LAUNCHERS if size in counts):  # rank 0 says it
             sys.exit(2)
         raise
     return _world(MPI)
+
+
+def _number(variable):
+    """Return the integer that an environment variable holds, or 0."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0
 
 
 @functools.cache
@@ -73,7 +81,7 @@ def _world(mpi):
 
     sys.excepthook = end_all
     if ranks.rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        sys.stdout = sys.stderr = open(os.devnull, "w", errors="replace")  # noqa: SIM115  (until the process ends)
     return ranks
 
 

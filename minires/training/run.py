@@ -184,6 +184,7 @@ class Run:
         if self._checkpoint:
             self._restore(*self._checkpoint)
         self._saved, self._drawn_at = (self.step, len(self.history)), -math.inf
+        self._first = self.step + 1
 
     def _begin(self, settings):
         folder = new_folder(self.folder)
@@ -227,8 +228,7 @@ class Run:
         done = self.step - (self.epoch - 1) * self.steps_per_epoch
         if done < self.steps_per_epoch:
             raise ValueError(f"Run.steps: expected {self.steps_per_epoch} batches in an epoch, got {done}")
-        self.ranks.same_statistics(self.model)
-        self.ranks.check_same(training_state(self.model, self.optimizer, self.average), f"epoch {self.epoch}")
+        self._check_same(f"epoch {self.epoch}")
         self._row = {
             "epoch": self.epoch,
             "lr": float(self.optimizer.lr),
@@ -347,13 +347,20 @@ class Run:
 
     def _end_step(self, progress):
         self.step += 1
-        images = self.ranks.images(len(self._batch[-1]))
+        images = self.ranks.total or len(self._batch[-1])
         self.seen += images
         if self._is_read(self.step):
             self._means = self._training_means()
         progress.update(images, *self._means, self._is_last(self.step))
+        if self.step == self._first:  # a processor of another kind adds otherwise from the first step on
+            self._check_same(f"step {self.step}")
         self._save_if_due()
         self.stop_if_asked()
+
+    def _check_same(self, when):
+        self.ranks.same_statistics(self.model)
+        if self.ranks:
+            self.ranks.check_same(training_state(self.model, self.optimizer, self.average), when)
 
     def _end_epoch(self, first):
         if self.epoch == self.num_epochs and not self.best:
