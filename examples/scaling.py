@@ -9,7 +9,8 @@ A message of s bytes takes alpha + s / bandwidth. A sum over n processes takes, 
 
 A step takes its computation, the 28 sums of BatchNorm and that of the loss, for which all wait, and as much of the sum
 of gradients as the backward of other layers does not hide. Within a machine, messages take the faster way.
-Left out: processes that are slower than others, links that several of them share, and the reading of images.
+Left out: processes that are slower than others, links that several of them share, the reading of images, and the step
+of the optimizer, which each process takes for itself.
 
 Weak scaling keeps the images of a process at 128: the batch grows. Strong scaling keeps the batch, and with it what is
 learned from an epoch. Efficiency is the speed of n processes over n times that of one.

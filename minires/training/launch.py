@@ -77,13 +77,19 @@ def _world(mpi):
     def end_all(kind, error, trace):
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)
         print(f"error: rank {ranks.rank}: {kind.__name__}: {error}", file=sys.__stderr__, flush=True)
-        ranks.world.Abort(1)
-        os._exit(1)
+        end_world(ranks, 1)
 
     sys.excepthook = end_all
     if ranks.rank:
         sys.stdout = sys.stderr = open(os.devnull, "w", errors="replace")  # noqa: SIM115  (until the process ends)
     return ranks
+
+
+def end_world(ranks, code):
+    """End all processes. Abort may come back before the launcher does it, which has lines to pass on first."""
+    ranks.world.Abort(code)
+    time.sleep(GRACE)
+    os._exit(code)
 
 
 def leave(ranks, code, line):
@@ -99,8 +105,7 @@ def leave(ranks, code, line):
     while not request.Test():
         if time.monotonic() > deadline:
             print(f"error: rank {ranks.rank}: {line or f'exit code {code}'}", file=sys.__stderr__, flush=True)
-            ranks.world.Abort(code)
-            os._exit(code)  # where Abort comes back, the line must not be said again
+            end_world(ranks, code)
         time.sleep(0.01)
     if ranks.rank == 0 or not line:
         return line
