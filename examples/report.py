@@ -193,7 +193,9 @@ def curves(history, best):
         charts += chart(title, lines, kept)
     rows = [[show(row[name], form) for name, form in LOG_FORMATS.items()] for row in history]
     return (
-        f'<p>Over the epochs. The dashed line is at the one whose weights are kept, {kept}.</p>\n<div class="charts">\n'
+        f"<p>Over the epochs. The dashed line is at the one whose weights are kept, {kept}. Training is the mean over "
+        "an epoch, of images as they are changed for training and with dropout; validation is after it, without both, "
+        'and so can be better.</p>\n<div class="charts">\n'
         f"{charts}</div>\n<details><summary>The log, row by row</summary>\n"
         f"{table('log', [name.replace('_', ' ') for name in LOG_FORMATS], rows)}</details>"
     )
@@ -255,8 +257,8 @@ def mistakes(images, labels, logits, classes):
         cards += f"<ol>{answers}</ol></figcaption></figure>\n"
     return (
         f"<p>Of {len(wrong):,} images that were taken for something else, the {len(shown)} with the most confidence. "
-        f"Each with what it is, its place among the test images, and the {TOP} most probable classes, the right one in "
-        "bold.</p>\n"
+        f"Each with what it is, its place among the test images, and the {TOP} most probable classes, the right one, "
+        "if among them, in bold.</p>\n"
         f'<div class="mistakes">\n{cards}</div>'
     )
 
@@ -279,8 +281,9 @@ def filters(weight):
 def layers(model):
     rows = [[name, " &times; ".join(map(str, shape)), f"{own:,}"] for name, shape, own in layer_rows(model)]
     rows.append(["all", "", f"{model.num_parameters():,}"])
-    return "<p>An image is 3 &times; 32 &times; 32: channels, height and width.</p>\n" + table(
-        "layers", ["layer", "output", "parameters"], rows
+    return (
+        "<p>An image is 3 &times; 32 &times; 32: channels, height and width. A BasicBlock follows its layers, and has "
+        "no parameters but theirs.</p>\n" + table("layers", ["layer", "output", "parameters"], rows)
     )
 
 

@@ -44,12 +44,12 @@ class Machine(NamedTuple):
     local: bool = False  # --local-batch-norm, without BatchNorm's sums
 
 
-# A core of an Intel Xeon trains at 127 images/s. An H200 takes 2.06 ms for 128 images and 11.42 for 1,024, in fp16; the
+# A core of an Intel Xeon trains at 73 images/s. An H200 takes 2.06 ms for 128 images and 11.42 for 1,024, in fp16; the
 # latencies and bandwidths are assumed: TCP on 10 Gb/s, RDMA on 100 Gb/s, NVLink in machines of eight, InfiniBand of
 # 400 Gb/s for each GPU; NCCL's latency is that of a launch.
 MACHINES = (
-    Machine("CPU, a core each, 10 Gb/s", 0.0, 1 / 127, 30e-6, 10e9 / 8),
-    Machine("CPU, a core each, 100 Gb/s", 0.0, 1 / 127, 2e-6, 100e9 / 8),
+    Machine("CPU, a core each, 10 Gb/s", 0.0, 1 / 73, 30e-6, 10e9 / 8),
+    Machine("CPU, a core each, 100 Gb/s", 0.0, 1 / 73, 2e-6, 100e9 / 8),
     Machine("H200, NVLink and InfiniBand", 0.72e-3, 10.4e-6, 15e-6, 400e9 / 8, (8, 8e-6, 450e9)),
     Machine("the same, BatchNorm local", 0.72e-3, 10.4e-6, 15e-6, 400e9 / 8, (8, 8e-6, 450e9), local=True),
 )

@@ -64,7 +64,7 @@ def gradient_error(backward, dout, h, seed):
 
 
 def initial_parameters(rng, inputs, hidden):
-    """Random weights and biases of 0, in float64."""
+    """Random weights that keep the scale of x (`Conv2d` derives it) and give scores near 0; biases of 0; in float64."""
     weight1 = rng.normal(0, math.sqrt(2 / inputs), (inputs, hidden))
     weight2 = rng.normal(0, 0.1 / math.sqrt(hidden), (hidden, 10))
     return weight1, np.zeros(hidden), weight2, np.zeros(10)

@@ -558,13 +558,15 @@ def muon_update(weights, grads, velocities, lr, momentum=0.6, grad_scale=1.0):
 def orthogonalize(matrix, steps=3):
     """Return about U V.T for a matrix U S V.T (singular values S): the nearest one with singular values of 1.
 
-    Forward     X = matrix / |matrix|, then `steps` times X = a X + b (X X.T) X + c (X X.T)^2 X
+    Forward     X = matrix / |matrix|, then `steps` times X = a X + b X (X.T X) + c X (X.T X)^2
 
-    Why         With X = U S V.T, (X X.T) X = U S^3 V.T: a step leaves U and V as they are and maps each singular value
+    Why         With X = U S V.T, X (X.T X) = U S^3 V.T: a step leaves U and V as they are and maps each singular value
                 s to p(s) = a s + b s^3 + c s^5. Newton and Schulz's p, with 1.5, -0.5 and 0, converges to 1, but a
                 small s grows only by a half. This one makes it 3.4 times as large, and does not converge: after three
                 steps, all that began between 0.02 and 1 are between 0.68 and 1.21, which serves as well. |matrix|, the
                 root of the sum of squares, is at least the largest singular value; so none begins above 1.
+                X is multiplied by Q = a I + b X.T X + c (X.T X)^2 in each step, which makes Q (X.T X) Q of X.T X. So
+                all steps are done on the small square, and X is multiplied by the product of the Q once.
 
     Shapes      matrix (R, O)  ->  the same
     Source      Jordan et al. 2024, "Muon", for the coefficients; Björck and Bowie 1971, "An iterative algorithm for
@@ -578,15 +580,15 @@ def orthogonalize(matrix, steps=3):
            [ 0.  ,  0.  ]])
     """
     a, b, c = 3.4445, -4.7750, 2.0315
+    if matrix.shape[0] < matrix.shape[1]:
+        return orthogonalize(matrix.T, steps).T  # the smaller of the two squares
     X = matrix / (norm(matrix) + 1e-30)  # of a gradient of 0 nothing is left
+    square, eye = X.T @ X, array_module(X).eye(X.shape[1], dtype=X.dtype)  # (O, O)
+    product = eye
     for _ in range(steps):
-        if X.shape[0] >= X.shape[1]:  # X X.T X = X (X.T X): the smaller of the two squares
-            square = X.T @ X
-            X = a * X + X @ (b * square + c * (square @ square))
-        else:
-            square = X @ X.T
-            X = a * X + (b * square + c * (square @ square)) @ X
-    return X
+        Q = a * eye + b * square + c * (square @ square)
+        product, square = product @ Q, Q @ square @ Q
+    return X @ product
 
 
 def norm(x):
