@@ -78,6 +78,7 @@ def _world(mpi):
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)
         print(f"error: rank {ranks.rank}: {kind.__name__}: {error}", file=sys.__stderr__, flush=True)
         ranks.world.Abort(1)
+        os._exit(1)
 
     sys.excepthook = end_all
     if ranks.rank:
@@ -99,6 +100,7 @@ def leave(ranks, code, line):
         if time.monotonic() > deadline:
             print(f"error: rank {ranks.rank}: {line or f'exit code {code}'}", file=sys.__stderr__, flush=True)
             ranks.world.Abort(code)
+            os._exit(code)  # where Abort comes back, the line must not be said again
         time.sleep(0.01)
     if ranks.rank == 0 or not line:
         return line
