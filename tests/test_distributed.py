@@ -697,7 +697,8 @@ def test_a_random_process_is_killed_at_random_moments_and_the_run_resumed(tmp_pa
             code, out, err = finish(process)
             assert code in (0, 9, 137), err
             assert time.monotonic() - began < 10
-            assert code == 0 or f"PID {killed} " in out + err  # MPICH says it
+            # MPICH says it, of the process that was killed or of the one that it has killed itself thereupon
+            assert code == 0 or any(f"PID {pid} " in out + err for pid in pids)
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
