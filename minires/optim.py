@@ -25,7 +25,7 @@ from minires.module import Parameter
 # A parameter starts at a multiple of this many numbers: a GPU's convolutions read weights 16 bytes at a time, and a
 # warp of 32 threads reads whole lines of the cache, of 128 bytes. In the default network this adds 54 numbers.
 ALIGNMENT = 64
-COLOURS = 3
+COLOURS = 3  # input channels up to which a filter is one of the first layer
 
 
 class SGD:
@@ -102,7 +102,8 @@ class Muon(SGD):
                 filters; filter_lr: the share of a filter that a step replaces, in parts of lr; filter_momentum: 0 to
                 below 1
     Limits      hidden filters are those of convolutions with more than three input channels (a first one's are colours)
-                that are followed by BatchNorm: without it, their norms, which are held fixed, would matter
+                that are followed by BatchNorm: without it, their norms, which are held fixed, would matter. They take
+                filter_lr in the place of an lr_factor of their own
     Raises      ValueError for values outside these ranges
     Source      see `kernels.reference.muon_update`
     """
