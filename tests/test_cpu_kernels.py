@@ -411,6 +411,35 @@ def test_memory_that_waits_makes_room_for_another_size():
     assert sum(block.nbytes for block in memory._idle) <= max(0, waiting - b.nbytes)
 
 
+def test_zeros_around_images_are_there_whatever_was_in_the_memory_before(rng):
+    x = rng.standard_normal((2, 4, 4, 3)).astype(np.float32)
+    for padding, size in ((1, 6), (2, 8), (0, 6), (1, 6), (1, 6), (0, 4), (1, 6)):  # one size, at two places
+        images = memory.workspace(memory.frame, x.shape, padding, size, size)
+        images.fill(x)
+        after = size - padding - 4
+        wanted = np.pad(x, ((0, 0), (padding, after), (padding, after), (0, 0)))
+        np.testing.assert_array_equal(images.padded, wanted)
+
+
+def test_views_are_made_once_in_each_thread_and_let_go_with_their_memory():
+    made = []
+
+    def make(count):
+        made.append(count)
+        return memory.scratch("of this test", (count,))
+
+    small = memory.workspace(make, 10)
+    assert memory.workspace(make, 10) is small
+    assert made == [10]
+    memory.workspace(make, 20)  # asks for more memory
+    assert memory.workspace(make, 10).base is not small.base
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(memory.workspace, make, 10).result().base is not memory.workspace(make, 10).base
+    for count in range(1, memory.MOST_VIEWS + 50):
+        memory.workspace(make, count)
+    assert len(memory._mine.views) <= memory.MOST_VIEWS
+
+
 def test_the_number_of_threads_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MINIRES_NUM_THREADS", "5")
     threads.set_num_threads(None)

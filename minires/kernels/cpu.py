@@ -14,18 +14,19 @@ What is not here is the reference's. The tests hold each function equal to its r
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from minires.kernels import reference, threads, winograd
-from minires.kernels.memory import add_product, fresh, padded_images, scratch
+from minires.kernels.memory import Frame, add_product, frame, fresh, scratch, workspace
 from minires.kernels.reference import output_size, rsqrt
 from minires.kernels.threads import blocks, chunks_of_images, groups_of, one_blas_thread, run, sum_of_groups
 
 ROW = 2**13  # numbers in a row that NumPy walks along; longer ones gain nothing
 UPDATE_BLOCK = 2**17  # numbers in a piece of an optimizer's update, which has many intermediate results
 TALL = 256  # rows that are added up in float32; sums of more lose digits
-COLUMN_ROWS = 256  # rows of im2col in a piece: enough that the product is worth the reading of the weights
+COLUMN_ROWS = 256, 1024  # rows of im2col in a piece, an eighth of all between these: a product reads the weights once
 FAR = 4.0  # deviations from 0 up to which BatchNorm need not subtract a mean first; more would cost over two bits
 
 
@@ -116,54 +117,55 @@ def sum_of_pieces(sums, *arrays):
     return pieces.sum(axis=0, dtype=np.float64) + sums(*(x[whole:] for x in arrays))
 
 
-def unfold_sum(row, C):
-    """Sum the parts of a folded row, in float64.
+def unfold_sums(rows, C):
+    """Sum the parts of each folded row, in float64.
 
-    Shapes      row (f*C,)  ->  (C,)
+    Args        rows: a list of them, one for each block. It is done for all together: a task that stops for many small
+                sums keeps Python's lock from the others
+    Shapes      rows (blocks, f*C)  ->  (blocks, C)
     """
-    return row.reshape(-1, C).sum(axis=0, dtype=np.float64)
+    return np.reshape(rows, (len(rows), -1, C)).sum(axis=1, dtype=np.float64)
 
 
 def sum_over_rows(x):
     """See `reference.sum_over_rows`. A block is added up in float32 to one long row, all else in float64."""
     rows = fold(x)
-    partial = run(lambda block: unfold_sum(column_sums(rows[block]), x.shape[-1]), blocks(*rows.shape))
-    return np.sum(partial, axis=0).astype(x.dtype)
+    partial = run(lambda block: column_sums(rows[block]), blocks(*rows.shape))
+    return unfold_sums(partial, x.shape[-1]).sum(axis=0).astype(x.dtype)
 
 
 def batch_norm_statistics(x):
-    """See `reference.batch_norm_statistics`. One pass over memory.
+    """See `reference.batch_norm_statistics`. One pass over memory, or two.
 
-    Why         A block of rows has a mean m_b of its own and a sum of squares around it, both found while the block is
-                in the cache. Around the mean of all rows, the block's sum of squares is larger by n_b (m_b - mean)^2.
+    Why         A block of rows has a mean m_b of its own and a sum of squares around it. Around the mean of all rows,
+                its sum of squares is larger by n_b (m_b - mean)^2.
                 Around its own mean it is the sum of x^2, less n_b m_b^2. Far from 0 the two are large and almost equal,
-                and their difference has no digits left. Then the mean is subtracted first. It has lost digits, too, as
-                a float32 sum of large numbers. But what is left is small: its own mean, the rest of m_b, is right, and
-                a constant channel has variance 0.
+                and their difference has no digits left. Then the mean is subtracted first, in a second pass. It has
+                lost digits, too, as a float32 sum of large numbers. But what is left is small: its own mean, the rest
+                of m_b, is right, and a constant channel has variance 0.
 
     Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
                 variances"
     """
     C, rows = x.shape[-1], fold(x)
-    M = x.size // C
+    parts = blocks(*rows.shape)
+    counts = np.array([[rows[part].size // C] for part in parts])  # (blocks, 1)
 
-    def mean_and_squares(piece):
-        n = piece.size // C
-        mean = unfold_sum(column_sums(piece), C) / n  # (C,)
-        squares = unfold_sum(column_products(piece, piece), C) - n * mean**2
-        return mean, np.maximum(squares, 0)  # rounding could leave less
+    def sums_and_squares(piece):
+        return column_sums(piece), column_products(piece, piece)
 
-    def statistics(block):
-        n = rows[block].size // C
-        mean, squares = mean_and_squares(rows[block])
-        if is_far(mean, squares / n):
-            about = mean.astype(x.dtype)
-            rest, squares = mean_and_squares(centred(rows[block], along(rows, about)))
-            mean = about + rest
-        return n, mean, squares
+    def means_and_squares(piece_of):  # (blocks, C) each, float64
+        partial = run(lambda i: sums_and_squares(piece_of(i)), range(len(parts)))
+        sums, squares = (unfold_sums(rows, C) for rows in zip(*partial, strict=True))
+        means = sums / counts
+        return means, np.maximum(squares - counts * means**2, 0)  # rounding could leave less
 
-    counts, means, squares = zip(*run(statistics, blocks(*rows.shape)), strict=True)
-    counts, means, squares = np.array(counts)[:, None], np.stack(means), np.stack(squares)  # (blocks, C), float64
+    means, squares = means_and_squares(lambda i: rows[parts[i]])
+    if is_far(means, squares / counts):
+        about = means.astype(x.dtype)
+        rest, squares = means_and_squares(lambda i: centred(rows[parts[i]], along(rows, about[i])))
+        means = about + rest
+    M = counts.sum()
     mean = (counts * means).sum(axis=0) / M  # (C,)
     var = (squares + counts * (means - mean) ** 2).sum(axis=0) / M  # (C,)
     return mean.astype(x.dtype), var.astype(x.dtype)
@@ -230,9 +232,10 @@ def batch_norm_add_relu_backward_sums(dout, x, out, mean, var, eps):
         if out is not None:
             np.multiply(dout_rows[block], out_rows[block] > 0, out=g[block])
         piece = centred(rows[block], mean_row) if far else rows[block]
-        return unfold_sum(column_sums(g[block]), C), unfold_sum(column_products(piece, g[block]), C)
+        return column_sums(g[block]), column_products(piece, g[block])
 
-    dbias, dscale = np.sum(run(sums, blocks(*rows.shape)), axis=0)  # (C,) each
+    partial = zip(*run(sums, blocks(*rows.shape)), strict=True)
+    dbias, dscale = (unfold_sums(rows, C).sum(axis=0) for rows in partial)  # (C,) each
     if not far:
         dscale -= mean * dbias
     return g.reshape(x.shape), dscale * rsqrt(var, eps), dbias
@@ -300,26 +303,57 @@ def conv2d_backward(dout, x, weight, stride=1, padding=0, need_dx=True, need_dbi
     return dx, im2col_weight_gradient(dout, x, weight.shape, stride, padding), dbias
 
 
+class Windows(NamedTuple):
+    """Working space of im2col in framed images."""
+
+    frame: Frame  # of the images
+    windows: np.ndarray  # (n, oh, ow, kh, kw, C): what a window sees at each position, a view of the frame
+    columns: np.ndarray  # the same shape
+    rows: np.ndarray  # (n*oh*ow, kh*kw*C), a view of that
+
+    def copy_out(self):
+        np.copyto(self.columns, self.windows)
+        return self.rows
+
+
+def windows_in(x, kernel_size, stride, out_size):
+    """Shapes      x (n, H, W, C)  ->  (n, oh, ow, kh, kw, C), a view"""
+    per_image, per_row, per_pixel, per_channel = x.strides
+    shape = (len(x), *out_size, *kernel_size, x.shape[3])
+    strides = (per_image, per_row * stride, per_pixel * stride, per_row, per_pixel, per_channel)
+    return np.lib.stride_tricks.as_strided(x, shape, strides)
+
+
+def framed_windows(x_shape, padding, height, width, top, left, kernel_size, stride, out_size):
+    """Args        padding, height, width: of the frame, see `memory.frame`; top, left: where its first window is"""
+    images = workspace(frame, x_shape, padding, height, width)
+    windows = windows_in(images.padded[:, top:, left:], kernel_size, stride, out_size)
+    columns = scratch("columns", windows.shape)
+    return Windows(images, windows, columns, columns.reshape(math.prod(windows.shape[:3]), -1))
+
+
+def column_chunks(N, rows_per_image):
+    fewest, most = COLUMN_ROWS
+    return chunks_of_images(N, rows_per_image, min(max(N * rows_per_image // 8, fewest), most))
+
+
 def columns_of(x, kernel_size, stride, padding, out_size):
     """im2col into scratch memory.
 
-    Shapes      x (n, H, W, C)  ->  columns (n, oh, ow, kh, kw, C)
+    Shapes      x (n, H, W, C)  ->  columns (n*oh*ow, kh*kw*C)
     """
-    (kh, kw), (oh, ow) = kernel_size, out_size
-    n, H, W, C = x.shape
+    _, H, W, C = x.shape
     if padding:
-        x = padded_images(x, padding, H + 2 * padding, W + 2 * padding)
-    per_image, per_row, per_pixel, per_channel = x.strides
-    windows = np.lib.stride_tricks.as_strided(
-        x,
-        (n, oh, ow, kh, kw, C),
-        (per_image, per_row * stride, per_pixel * stride, per_row, per_pixel, per_channel),
-    )
-    if (kh, kw, stride, padding) == (1, 1, 1, 0):
-        return windows
+        height, width = H + 2 * padding, W + 2 * padding
+        framed = workspace(framed_windows, x.shape, padding, height, width, 0, 0, kernel_size, stride, out_size)
+        framed.frame.fill(x)
+        return framed.copy_out()
+    if (*kernel_size, stride) == (1, 1, 1):
+        return x.reshape(-1, C)
+    windows = windows_in(x, kernel_size, stride, out_size)
     columns = scratch("columns", windows.shape)
     np.copyto(columns, windows)
-    return columns
+    return columns.reshape(math.prod(windows.shape[:3]), -1)
 
 
 def im2col_conv2d(x, weight, stride, padding, finish):
@@ -335,11 +369,11 @@ def im2col_conv2d(x, weight, stride, padding, finish):
     out = fresh((N, oh, ow, O))
 
     def convolve(images):
-        columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))  # (n, oh, ow, kh, kw, C)
-        np.matmul(columns.reshape(-1, len(weight_rows)), weight_rows, out=out[images].reshape(-1, O))
+        columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))
+        np.matmul(columns, weight_rows, out=out[images].reshape(-1, O))
         finish(out[images], images)
 
-    run(convolve, chunks_of_images(N, oh * ow, COLUMN_ROWS))
+    run(convolve, column_chunks(N, oh * ow))
     return out
 
 
@@ -350,12 +384,12 @@ def im2col_weight_gradient(dout, x, weight_shape, stride, padding):
     """
     kh, kw, C, O = weight_shape
     N, oh, ow, _ = dout.shape
-    groups = groups_of(chunks_of_images(N, oh * ow, COLUMN_ROWS))
+    groups = groups_of(column_chunks(N, oh * ow))
     partial = fresh((len(groups), kh * kw * C, O))
 
     def add_up(group):
         for images in groups[group]:
-            columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow)).reshape(-1, kh * kw * C)
+            columns = columns_of(x[images], (kh, kw), stride, padding, (oh, ow))
             add_product(columns.T, dout[images].reshape(-1, O), partial[group], first=images is groups[group][0])
 
     run(add_up, range(len(groups)))
@@ -385,23 +419,27 @@ def im2col_input_gradient(dout, weight, x_shape, stride, padding):
     for a in range(stride):
         for b in range(stride):
             taps = weight[a::stride, b::stride][::-1, ::-1]  # (th, tw, C, O), the last first, as i falls with t
+            th, tw = taps.shape[:2]
+            y, x = (a - padding) % stride, (b - padding) % stride  # the first pixel
+            top, left = (y + padding) // stride + margin - th + 1, (x + padding) // stride + margin - tw + 1
+            pixels = (slice(None), slice(y, None, stride), slice(x, None, stride))
             rows = np.ascontiguousarray(taps.transpose(0, 1, 3, 2)).reshape(-1, C)  # (th*tw*O, C)
-            phases.append(((a - padding) % stride, (b - padding) % stride, taps.shape[:2], rows))
+            phases.append((pixels, rows, (top, left, (th, tw), 1, (-(-(H - y) // stride), -(-(W - x) // stride)))))
 
     def send_back(images):
-        padded = padded_images(dout[images], margin, height, width)
-        for y, x, (th, tw), rows in phases:
-            pixels = dx[images, y::stride, x::stride]  # (n, ., ., C)
+        framed = dout[images].shape, margin, height, width
+        workspace(frame, *framed).fill(dout[images])
+        for pixels, rows, windows in phases:
+            target = dx[images][pixels]  # (n, ., ., C)
             if not len(rows):
-                pixels[...] = 0
+                target[...] = 0
                 continue
-            top, left = (y + padding) // stride + margin - th + 1, (x + padding) // stride + margin - tw + 1
-            columns = columns_of(padded[:, top:, left:], (th, tw), 1, 0, pixels.shape[1:3])
-            product = scratch("product", pixels.shape)
-            np.matmul(columns.reshape(-1, len(rows)), rows, out=product.reshape(-1, C))
-            pixels[...] = product
+            columns = workspace(framed_windows, *framed, *windows).copy_out()
+            product = scratch("product", target.shape)
+            np.matmul(columns, rows, out=product.reshape(-1, C))
+            target[...] = product
 
-    run(send_back, chunks_of_images(N, oh * ow, COLUMN_ROWS))
+    run(send_back, column_chunks(N, oh * ow))
     return dx
 
 

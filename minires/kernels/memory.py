@@ -2,21 +2,34 @@
 
 Large fresh memory comes from the operating system, which fills it with zeros first. In a training step of the default
 network that would be about a gigabyte, and would take as long as a stage's convolutions. So memory is kept: working
-space of a thread from call to call (`scratch`), and the memory of a result until the last array that shows it is gone
-(`fresh`).
+space of a thread from call to call (`scratch`), with the views of it that a kernel works with (`workspace`), and the
+memory of a result until the last array that shows it is gone (`fresh`).
 """
 
 import math
 import os
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
 SMALLEST = 2**20  # bytes from which memory is kept; for less, Python's own allocator does the same
+MOST_VIEWS = 1000  # that a thread keeps; the default network has about 100
 
-_of_this_thread = threading.local()
 _taking = threading.Lock()
 _idle = []  # memory without a reader, the one that waits longest first
+
+
+class _OfThisThread(threading.local):
+    """What one thread works in."""
+
+    def __init__(self):
+        self.memory = {}  # by name
+        self.views = {}  # what `scratch` and `workspace` have returned, by what was asked for
+        self.framed = None  # the Frame that was filled last
+
+
+_mine = _OfThisThread()
 
 
 def scratch(name, shape):
@@ -24,26 +37,52 @@ def scratch(name, shape):
 
     It is good until the thread asks for the same name again, and must not be handed out.
     """
-    buffers = vars(_of_this_thread)
-    count = math.prod(shape)
-    if name not in buffers or buffers[name].size < count:
-        buffers[name] = np.empty(count, np.float32)
-    return buffers[name][:count].reshape(shape)
+    view = _mine.views.get((name, shape))
+    if view is None:
+        count = math.prod(shape)
+        if name not in _mine.memory or _mine.memory[name].size < count:
+            _mine.views.clear()  # or they would hold the smaller memory as well
+            _mine.memory[name] = np.empty(count, np.float32)
+        view = _keep((name, shape), _mine.memory[name][:count].reshape(shape))
+    return view
 
 
-def padded_images(x, padding, height, width):
-    """Copy images into scratch memory, at (padding, padding) of a frame of zeros.
+def workspace(make, *shape):
+    """Return make(*shape), views of scratch memory, which are made once in each thread and kept.
 
-    Shapes      x (n, H, W, C)  ->  (n, height, width, C)
+    Why         A task's data push the interpreter's own out of the cache. To make a few views then takes as long as
+                copying an image, and keeps Python's lock from the other threads.
     """
-    n, H, W, C = x.shape
+    views = _mine.views.get((make, shape))
+    return _keep((make, shape), make(*shape)) if views is None else views
+
+
+def _keep(key, views):
+    if len(_mine.views) >= MOST_VIEWS:
+        _mine.views.clear()
+    _mine.views[key] = views
+    return views
+
+
+class Frame(NamedTuple):
+    """Scratch memory for images with zeros around them."""
+
+    padded: np.ndarray  # (n, height, width, C)
+    inside: np.ndarray  # (n, H, W, C), a view of it, from (padding, padding)
+
+    def fill(self, x):
+        """Copy images inside."""
+        if _mine.framed is not self:  # else the zeros are still there
+            self.padded[...] = 0
+            _mine.framed = self
+        self.inside[...] = x
+
+
+def frame(x_shape, padding, height, width):
+    """Return a Frame for images of x_shape. It is good until the thread fills another one."""
+    n, H, W, C = x_shape
     padded = scratch("padded", (n, height, width, C))
-    padded[:, :padding] = 0
-    padded[:, padding + H :] = 0
-    padded[:, padding : padding + H, :padding] = 0
-    padded[:, padding : padding + H, padding + W :] = 0
-    padded[:, padding : padding + H, padding : padding + W] = x
-    return padded
+    return Frame(padded, padded[:, padding : padding + H, padding : padding + W])
 
 
 def add_product(a, b, total, first):

@@ -65,9 +65,12 @@ Source      Lavin and Gray 2016, "Fast algorithms for convolutional neural netwo
             4, whose matrices for F(4x4, 3x3) these are: INPUT is B^T, WEIGHT is G, OUTPUT is A^T
 """
 
-import numpy as np
+from typing import NamedTuple
 
-from minires.kernels.memory import add_product, fresh, padded_images, scratch
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from minires.kernels.memory import Frame, add_product, frame, fresh, scratch, workspace
 from minires.kernels.threads import blocks, chunks_of_images, groups_of, run, sum_of_groups
 
 TILES = 128  # tiles in a piece of work: enough that the products are worth the reading of the weights
@@ -127,34 +130,33 @@ def conv2d(x, weight, finish=lambda out, images: None):
     """
     N, H, W, C = x.shape
     O = weight.shape[3]
-    per_image = tiles_of(H) * tiles_of(W)
     out = fresh((N, H, W, O))
     U = weight_transform(weight)  # (36, C, O)
 
     def convolve(images):
-        tiles = (images.stop - images.start) * per_image
-        V, M = matrices("V", tiles, C), matrices("M", tiles, O)
-        input_transform(x[images], V)
-        np.matmul(V, U, out=M)
-        output_transform(out[images], M)
+        n = images.stop - images.start
+        V, M = matrices("V", n, H, W, C), matrices("M", n, H, W, O)
+        input_transform(x[images], V.tiles)
+        np.matmul(V.matrices, U, out=M.matrices)
+        output_transform(out[images], M.tiles)
         finish(out[images], images)
 
     def convolve_by_position(images):
-        tiles = (images.stop - images.start) * per_image
-        V, M = matrices("all V", tiles, C), matrices("all M", tiles, O)
+        n = images.stop - images.start
+        V, M = matrices("all V", n, H, W, C), matrices("all M", n, H, W, O)
 
-        def back_to_images(chunk, its_tiles):
-            output_transform(out[chunk], M[:, its_tiles])
+        def back_to_images(chunk, part):
+            output_transform(out[chunk], M.tiles[part])
             finish(out[chunk], chunk)
 
-        share_out(lambda chunk, its_tiles: input_transform(x[chunk], V[:, its_tiles]), images, per_image)
-        run(lambda i: np.matmul(V[i], U[i], out=M[i]), range(36))
-        share_out(back_to_images, images, per_image)
+        share_out(lambda chunk, part: input_transform(x[chunk], V.tiles[part]), images, H, W)
+        run(lambda i: np.matmul(V.matrices[i], U[i], out=M.matrices[i]), range(36))
+        share_out(back_to_images, images, H, W)
 
     if C * O < LARGE_WEIGHTS:
-        run(convolve, chunks_of_images(N, per_image, TILES))
+        run(convolve, chunks_of_images(N, tiles_of(H) * tiles_of(W), TILES))
     else:
-        for images in chunks_of_images(N, per_image, TILES_AT_ONCE):
+        for images in chunks_of_images(N, tiles_of(H) * tiles_of(W), TILES_AT_ONCE):
             convolve_by_position(images)
     return out
 
@@ -188,33 +190,33 @@ def weight_gradient(dout, x):
     """
     N, H, W, C = x.shape
     O = dout.shape[3]
-    per_image = tiles_of(H) * tiles_of(W)
 
     if C * O < LARGE_WEIGHTS:
-        groups = groups_of(chunks_of_images(N, per_image, TILES))
+        groups = groups_of(chunks_of_images(N, tiles_of(H) * tiles_of(W), TILES))
         partial = fresh((len(groups), 36, C, O))
 
         def add_up(group):
             for images in groups[group]:
-                tiles = (images.stop - images.start) * per_image
-                V, dM = matrices("V", tiles, C), matrices("M", tiles, O)
-                input_transform(x[images], V)
-                output_transform_backward(dout[images], dM)
-                add_product(V.transpose(0, 2, 1), dM, partial[group], first=images is groups[group][0])
+                n = images.stop - images.start
+                V, dM = matrices("V", n, H, W, C), matrices("M", n, H, W, O)
+                input_transform(x[images], V.tiles)
+                output_transform_backward(dout[images], dM.tiles)
+                first = images is groups[group][0]
+                add_product(V.matrices.transpose(0, 2, 1), dM.matrices, partial[group], first)
 
         run(add_up, range(len(groups)))
         return weight_transform_backward(sum_of_groups(partial))
 
-    dU = matrices("U", C, O)
+    dU = scratch_matrices("U", C, O)
 
     def add_up_by_position(images):
-        tiles = (images.stop - images.start) * per_image
-        V, dM = matrices("all V", tiles, C), matrices("all M", tiles, O)
-        share_out(lambda chunk, its_tiles: input_transform(x[chunk], V[:, its_tiles]), images, per_image)
-        share_out(lambda chunk, its_tiles: output_transform_backward(dout[chunk], dM[:, its_tiles]), images, per_image)
-        run(lambda i: add_product(V[i].T, dM[i], dU[i], first=images.start == 0), range(36))
+        n = images.stop - images.start
+        V, dM = matrices("all V", n, H, W, C), matrices("all M", n, H, W, O)
+        share_out(lambda chunk, part: input_transform(x[chunk], V.tiles[part]), images, H, W)
+        share_out(lambda chunk, part: output_transform_backward(dout[chunk], dM.tiles[part]), images, H, W)
+        run(lambda i: add_product(V.matrices[i].T, dM.matrices[i], dU[i], first=images.start == 0), range(36))
 
-    for images in chunks_of_images(N, per_image, TILES_AT_ONCE):
+    for images in chunks_of_images(N, tiles_of(H) * tiles_of(W), TILES_AT_ONCE):
         add_up_by_position(images)
     return weight_transform_backward(dU)
 
@@ -224,7 +226,19 @@ def tiles_of(size):
     return -(-size // 4)
 
 
-def matrices(name, rows, columns):
+def share_out(transform, images, H, W):
+    """Run a transform between images and all their tiles on all threads, a few images at a time.
+
+    Args        transform: is given a slice of the images, and the same counted from images.start; images: all of them
+    """
+
+    def transform_chunk(part):
+        transform(slice(images.start + part.start, images.start + part.stop), part)
+
+    run(transform_chunk, chunks_of_images(images.stop - images.start, tiles_of(H) * tiles_of(W), TILES // 8))
+
+
+def scratch_matrices(name, rows, columns):
     """Return scratch memory for 36 matrices, one for each position in a tile.
 
     Each has a row too many. Without it they would begin a power of two apart, which a cache maps to one line.
@@ -234,18 +248,22 @@ def matrices(name, rows, columns):
     return scratch(name, (36, rows + 1, columns))[:, :rows]
 
 
-def share_out(transform, images, per_image):
-    """Run a transform between images and all their tiles on all threads, a few images at a time.
+class TileMatrices(NamedTuple):
+    """The same memory seen in two ways: for products, and as the tiles lie in images."""
 
-    Args        transform: is given a slice of the images, and one of the tiles, counted from images.start;
-                images: the slice of all; per_image: tiles of one
-    """
+    matrices: np.ndarray  # (36, n*th*tw, C), n images of th*tw tiles
+    tiles: np.ndarray  # (n, th, 6, tw, 6, C)
 
-    def transform_chunk(chunk):
-        its_tiles = slice(chunk.start * per_image, chunk.stop * per_image)
-        transform(slice(images.start + chunk.start, images.start + chunk.stop), its_tiles)
 
-    run(transform_chunk, chunks_of_images(images.stop - images.start, per_image, TILES // 8))
+def matrices(name, n, H, W, C):
+    """Return scratch memory for the tiles of n images, a TileMatrices."""
+    return workspace(tile_matrices, name, n, H, W, C)
+
+
+def tile_matrices(name, n, H, W, C):
+    th, tw = tiles_of(H), tiles_of(W)
+    matrices = scratch_matrices(name, n * th * tw, C)
+    return TileMatrices(matrices, matrices.reshape(6, 6, n, th, tw, C).transpose(2, 3, 0, 4, 1, 5))
 
 
 def weight_transform(weight):
@@ -256,7 +274,7 @@ def weight_transform(weight):
     _, _, C, O = weight.shape
     both = np.kron(WEIGHT, WEIGHT)  # (36, 9): the two products with WEIGHT as one
     taps = np.ascontiguousarray(weight).reshape(9, C * O)
-    U = matrices("U", C, O)
+    U = scratch_matrices("U", C, O)
     flat = U.reshape(36, C * O)
     run(lambda part: np.matmul(both, taps[:, part], out=flat[:, part]), blocks(C * O, 36))
     return U
@@ -275,48 +293,66 @@ def weight_transform_backward(dU):
     return dweight.reshape(3, 3, C, O)
 
 
-def tile_axes(V, n, th, tw):
-    """See (36, n*th*tw, C) as (n, th, 6, tw, 6, C): the order in which tiles lie in the images."""
-    return V.reshape(6, 6, n, th, tw, V.shape[-1]).transpose(2, 3, 0, 4, 1, 5)
+class Overlapping(NamedTuple):
+    """Working space of `input_transform`: tiles of 6x6 pixels, which overlap by two, seen where they lie."""
+
+    frame: Frame  # of the images
+    rows: np.ndarray  # (n, th, 6, width*C), a view of it: the rows of the tiles
+    half: np.ndarray  # the same shape, transformed along columns
+    columns: np.ndarray  # (n, th, 6, tw, 6, C), a view of that
 
 
-def input_transform(x, V):
-    """V = INPUT tile INPUT.T for every tile of 6x6 pixels and every channel; the tiles overlap by two pixels.
-
-    The tiles are not copied out: a view shows them where they lie, first their rows, then their columns.
-
-    Shapes      x (n, H, W, C)  ->  V (36, n*th*tw, C)
-    """
-    n, H, W, C = x.shape
+def overlapping(n, H, W, C):
     th, tw = tiles_of(H), tiles_of(W)
     width = 4 * tw + 2
-    padded = padded_images(x, 1, 4 * th + 2, width)
-    per_image, per_row, per_pixel, per_channel = padded.strides
-    rows = np.lib.stride_tricks.as_strided(
-        padded, (n, th, 6, width * C), (per_image, 4 * per_row, per_row, per_channel)
-    )
-    half = np.matmul(INPUT, rows, out=scratch("half", rows.shape))  # (n, th, 6, width*C)
-    per_row = width * C * half.itemsize
-    columns = np.lib.stride_tricks.as_strided(
+    images = frame((n, H, W, C), 1, 4 * th + 2, width)
+    per_image, per_row, per_pixel, per_channel = images.padded.strides
+    rows = as_strided(images.padded, (n, th, 6, width * C), (per_image, 4 * per_row, per_row, per_channel))
+    half = scratch("half", rows.shape)
+    columns = as_strided(
         half,
         (n, th, 6, tw, 6, C),
         (6 * th * per_row, 6 * per_row, per_row, 4 * per_pixel, per_pixel, per_channel),
     )
-    np.matmul(INPUT, columns, out=tile_axes(V, n, th, tw))
+    return Overlapping(images, rows, half, columns)
+
+
+def input_transform(x, V):
+    """V = INPUT tile INPUT.T for every tile of 6x6 pixels and every channel.
+
+    Shapes      x (n, H, W, C)  ->  V (n, th, 6, tw, 6, C), of th*tw tiles an image
+    """
+    tiles = workspace(overlapping, *x.shape)
+    tiles.frame.fill(x)
+    np.matmul(INPUT, tiles.rows, out=tiles.half)
+    np.matmul(INPUT, tiles.columns, out=V)
+
+
+class SideBySide(NamedTuple):
+    """Working space of the other two transforms: tiles of 4x4 pixels, side by side."""
+
+    half: np.ndarray  # (n, th, 6, tw, 4, O), between the two products
+    rows: np.ndarray  # (n, th, 6, tw*4*O), a view of it
+    rows_of_images: tuple  # (n, th, 4, tw*4*O), the shape of the images
+
+
+def side_by_side(n, H, W, O):
+    th, tw = tiles_of(H), tiles_of(W)
+    half = scratch("half", (n, th, 6, tw, 4, O))
+    return SideBySide(half, half.reshape(n, th, 6, -1), (n, th, 4, 4 * tw * O))
 
 
 def output_transform(out, M):
     """out = OUTPUT m OUTPUT.T for every tile m of 6x6 products: tiles of 4x4 pixels, side by side.
 
-    Shapes      out (n, H, W, O) is written from M (36, n*th*tw, O)
+    Shapes      out (n, H, W, O) is written from M (n, th, 6, tw, 6, O)
     """
     n, H, W, O = out.shape
-    th, tw = tiles_of(H), tiles_of(W)
-    half = scratch("half", (n, th, 6, tw, 4, O))
-    np.matmul(OUTPUT, tile_axes(M, n, th, tw), out=half)
+    tiles = workspace(side_by_side, n, H, W, O)
     reaches_beyond = H % 4 or W % 4
-    whole = scratch("whole", (n, 4 * th, 4 * tw, O)) if reaches_beyond else out
-    np.matmul(OUTPUT, half.reshape(n, th, 6, -1), out=whole.reshape(n, th, 4, -1))
+    whole = scratch("whole", (n, 4 * tiles_of(H), 4 * tiles_of(W), O)) if reaches_beyond else out
+    np.matmul(OUTPUT, M, out=tiles.half)
+    np.matmul(OUTPUT, tiles.rows, out=whole.reshape(tiles.rows_of_images))
     if reaches_beyond:
         out[...] = whole[:, :H, :W]
 
@@ -324,12 +360,13 @@ def output_transform(out, M):
 def output_transform_backward(dout, dM):
     """dm = OUTPUT.T dout OUTPUT for every tile of 4x4 pixels: the adjoint of `output_transform`.
 
-    Shapes      dout (n, H, W, O)  ->  dM (36, n*th*tw, O)
+    Shapes      dout (n, H, W, O)  ->  dM (n, th, 6, tw, 6, O)
     """
     n, H, W, O = dout.shape
-    th, tw = tiles_of(H), tiles_of(W)
+    tiles = workspace(side_by_side, n, H, W, O)
     if H % 4 or W % 4:
-        dout = padded_images(dout, 0, 4 * th, 4 * tw)
-    half = scratch("half", (n, th, 6, tw, 4, O))
-    np.matmul(OUTPUT.T, dout.reshape(n, th, 4, -1), out=half.reshape(n, th, 6, -1))
-    np.matmul(OUTPUT.T, half, out=tile_axes(dM, n, th, tw))
+        images = workspace(frame, dout.shape, 0, 4 * tiles_of(H), 4 * tiles_of(W))
+        images.fill(dout)
+        dout = images.padded
+    np.matmul(OUTPUT.T, dout.reshape(tiles.rows_of_images), out=tiles.rows)
+    np.matmul(OUTPUT.T, tiles.half, out=dM)
