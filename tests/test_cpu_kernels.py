@@ -440,6 +440,19 @@ def test_views_are_made_once_in_each_thread_and_let_go_with_their_memory():
     assert len(memory._mine.views) <= memory.MOST_VIEWS
 
 
+def test_scratch_memory_is_as_large_as_asked_for_and_apart_with_large_pages_and_without(monkeypatch):
+    for large in (True, False):
+        if not large:
+            monkeypatch.delattr(memory.mmap, "MADV_HUGEPAGE", raising=False)
+        arrays = [memory.scratch(f"{large} {i}", (count,)) for i, count in enumerate((1, 1000, 3 << 19, (1 << 19) + 1))]
+        for i, array in enumerate(arrays):
+            array[:] = i
+        for i, array in enumerate(arrays):
+            assert array.dtype == np.float32
+            assert (array == i).all()
+            assert not any(np.shares_memory(array, other) for other in arrays if other is not array)
+
+
 def test_the_number_of_threads_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MINIRES_NUM_THREADS", "5")
     threads.set_num_threads(None)

@@ -235,7 +235,7 @@ def share_out(transform, images, H, W):
     def transform_chunk(part):
         transform(slice(images.start + part.start, images.start + part.stop), part)
 
-    run(transform_chunk, chunks_of_images(images.stop - images.start, tiles_of(H) * tiles_of(W), TILES // 8))
+    run(transform_chunk, chunks_of_images(images.stop - images.start, tiles_of(H) * tiles_of(W), TILES // 4))
 
 
 def scratch_matrices(name, rows, columns):
