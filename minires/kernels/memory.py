@@ -60,13 +60,14 @@ def _in_large_pages(count, first_line):
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(count, np.float32)
-    start = first_line * LINE
-    memory = mmap.mmap(-1, LARGE_PAGE + start + count * 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    size = first_line * LINE + count * 4
+    memory = mmap.mmap(-1, 2 * LARGE_PAGE + size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     array = np.frombuffer(memory, np.uint8)
-    start += -array.ctypes.data % LARGE_PAGE  # what is left out is never written to, and takes no memory
-    return array[start : start + count * 4].view(np.float32)
+    start = -array.ctypes.data % LARGE_PAGE  # what lies before it is never written to, and takes no memory
+    pages = max(1, round(size / LARGE_PAGE))  # less than half a page at the end is left to small ones
+    with contextlib.suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, pages * LARGE_PAGE)
+    return array[start : start + size][first_line * LINE :].view(np.float32)
 
 
 def workspace(make, *shape):
