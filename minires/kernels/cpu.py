@@ -74,9 +74,12 @@ def fold(x):
     Shapes      x (..., C), which are M rows  ->  (M / f, f*C)
     """
     C = x.shape[-1]
-    M = x.size // C
-    f = math.gcd(M, 2 ** (max(1, ROW // C).bit_length() - 1))  # M, pixels times images, is rich in factors of 2
-    return np.ascontiguousarray(x).reshape(M // f, f * C)
+    return np.ascontiguousarray(x).reshape(-1, folded_row(x.size // C, C))
+
+
+def folded_row(M, C):
+    """Return f*C for M rows of C numbers. M, pixels times images, is rich in factors of 2."""
+    return math.gcd(M, 2 ** (max(1, ROW // C).bit_length() - 1)) * C
 
 
 def along(rows, v):
@@ -277,15 +280,20 @@ def conv2d_add_relu_forward(x, weight, bias=None, stride=1, padding=0, residual=
     What follows the convolution is done to each piece of out while it is in the cache.
     """
     x, residual = np.ascontiguousarray(x), None if residual is None else np.ascontiguousarray(residual)
+    kh, kw, _, O = weight.shape
+    pixels = output_size(x.shape[1], kh, stride, padding) * output_size(x.shape[2], kw, stride, padding)
+    row = folded_row(pixels, O)
+    zeros = np.zeros(row, x.dtype)
+    biases = None if bias is None else np.tile(bias, row // O)
 
     def finish(out, images):
-        rows = fold(out)
-        if bias is not None:
-            rows += along(rows, bias)
+        rows = out.reshape(-1, row)
+        if biases is not None:
+            rows += biases
         if residual is not None:
-            rows += fold(residual[images])
+            rows += residual[images].reshape(-1, row)
         if relu:
-            np.maximum(rows, np.zeros(rows.shape[1], rows.dtype), out=rows)
+            np.maximum(rows, zeros, out=rows)
 
     if winograd.is_for(x.shape, weight.shape, stride, padding):
         return winograd.conv2d(x, weight, finish)
