@@ -47,6 +47,8 @@ CONVOLUTIONS = [
     (2, 8, 8, 4, 6, 1, 1, 0),
     (2, 9, 6, 3, 2, 2, 3, 0),  # pixels that no window shows
     (2, 6, 7, 2, 3, 3, 4, 3),  # a border as wide as the window
+    (5, 1, 1, 8, 8, 3, 2, 1),  # images smaller than the stride
+    (3, 2, 9, 4, 6, 3, 4, 1),
     (2, 8, 8, 4, 4, 3, 1, 0),
     (2, 8, 8, 16, 16, 3, 1, 2),
     (700, 8, 8, 4, 8, 3, 1, 1),  # more images than groups of pieces

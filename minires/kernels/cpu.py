@@ -329,7 +329,7 @@ def framed_windows(x_shape, padding, height, width, top, left, kernel_size, stri
     images = workspace(frame, x_shape, padding, height, width)
     windows = windows_in(images.padded[:, top:, left:], kernel_size, stride, out_size)
     columns = scratch("columns", windows.shape)
-    return Windows(images, windows, columns, columns.reshape(math.prod(windows.shape[:3]), -1))
+    return Windows(images, windows, columns, columns.reshape(-1, math.prod(windows.shape[3:])))
 
 
 def column_chunks(N, rows_per_image):
@@ -353,7 +353,7 @@ def columns_of(x, kernel_size, stride, padding, out_size):
     windows = windows_in(x, kernel_size, stride, out_size)
     columns = scratch("columns", windows.shape)
     np.copyto(columns, windows)
-    return columns.reshape(math.prod(windows.shape[:3]), -1)
+    return columns.reshape(-1, math.prod(windows.shape[3:]))
 
 
 def im2col_conv2d(x, weight, stride, padding, finish):
