@@ -455,6 +455,14 @@ def test_scratch_memory_is_as_large_as_asked_for_and_apart_with_large_pages_and_
             assert not any(np.shares_memory(array, other) for other in arrays if other is not array)
 
 
+def test_scratch_memory_beyond_what_there_is_raises_a_memory_error():
+    kept = memory.scratch("small, of this test", (10,))
+    kept[:] = 1
+    with pytest.raises(MemoryError):
+        memory.scratch("large, of this test", (2**60,))
+    assert (memory.scratch("small, of this test", (10,)) == kept).all()
+
+
 def test_the_number_of_threads_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MINIRES_NUM_THREADS", "5")
     threads.set_num_threads(None)

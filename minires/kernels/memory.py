@@ -61,7 +61,10 @@ def _in_large_pages(count, first_line):
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(count, np.float32)
     size = first_line * LINE + count * 4
-    memory = mmap.mmap(-1, 2 * LARGE_PAGE + size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, 2 * LARGE_PAGE + size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # out of memory, if NumPy finds none either: it says so with a MemoryError
+        return np.empty(count, np.float32)
     array = np.frombuffer(memory, np.uint8)
     start = -array.ctypes.data % LARGE_PAGE  # what lies before it is never written to, and takes no memory
     pages = max(1, round(size / LARGE_PAGE))  # less than half a page at the end is left to small ones
