@@ -455,6 +455,15 @@ def test_scratch_memory_is_as_large_as_asked_for_and_apart_with_large_pages_and_
             assert not any(np.shares_memory(array, other) for other in arrays if other is not array)
 
 
+@pytest.mark.skipif(not hasattr(memory.mmap, "MADV_HUGEPAGE"), reason="no large pages here")
+def test_scratch_memory_begins_at_another_line_of_its_page_for_each_name_also_when_it_has_grown():
+    names = [f"line {i}" for i in range(4)]
+    for count in (10, 1000):
+        starts = [memory.scratch(name, (count,)).ctypes.data % memory.LARGE_PAGE for name in names]
+        assert all(start % memory.LINE == 0 for start in starts)
+        assert len(set(starts)) == len(names)
+
+
 def test_scratch_memory_beyond_what_there_is_raises_a_memory_error():
     kept = memory.scratch("small, of this test", (10,))
     kept[:] = 1

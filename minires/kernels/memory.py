@@ -45,7 +45,8 @@ def scratch(name, shape):
         count = math.prod(shape)
         if name not in _mine.memory or _mine.memory[name].size < count:
             _mine.views.clear()  # or they would hold the smaller memory as well
-            _mine.memory[name] = _in_large_pages(count, first_line=37 * len(_mine.memory))
+            place = [*_mine.memory, name].index(name)  # the name's own, also when its memory grows
+            _mine.memory[name] = _in_large_pages(count, first_line=37 * place)
         view = _keep((name, shape), _mine.memory[name][:count].reshape(shape))
     return view
 
