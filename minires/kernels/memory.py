@@ -68,8 +68,8 @@ def _in_large_pages(count, first_line):
         return np.empty(count, np.float32)
     array = np.frombuffer(memory, np.uint8)
     start = -array.ctypes.data % LARGE_PAGE  # what lies before it is never written to, and takes no memory
-    pages = max(1, round(size / LARGE_PAGE))  # less than half a page at the end is left to small ones
-    with contextlib.suppress(OSError):  # a kernel built without them
+    pages = max(1, round(size / LARGE_PAGE))  # after the first, less than half a page at the end is left to small ones
+    with contextlib.suppress(OSError):  # a Linux built without them
         memory.madvise(mmap.MADV_HUGEPAGE, start, pages * LARGE_PAGE)
     return array[start : start + size][first_line * LINE :].view(np.float32)
 
@@ -79,6 +79,8 @@ def workspace(make, *shape):
 
     Why         A task's data push the interpreter's own out of the cache. To make a few views then takes as long as
                 copying an image, and keeps Python's lock from the other threads.
+
+    Args        make: a function of a module; a lambda would be another one each time
     """
     views = _mine.views.get((make, shape))
     return _keep((make, shape), make(*shape)) if views is None else views
@@ -106,7 +108,10 @@ class Frame(NamedTuple):
 
 
 def frame(x_shape, padding, height, width):
-    """Return a Frame for images of x_shape. It is good until the thread fills another one."""
+    """Return a Frame for images of x_shape. It is good until the thread fills another one.
+
+    Args        padding: rows of zeros above, and columns of zeros on the left; height, width: with all zeros
+    """
     n, H, W, C = x_shape
     padded = scratch("padded", (n, height, width, C))
     return Frame(padded, padded[:, padding : padding + H, padding : padding + W])
