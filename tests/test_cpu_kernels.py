@@ -47,6 +47,8 @@ CONVOLUTIONS = [
     (2, 8, 8, 4, 6, 1, 1, 0),
     (2, 9, 6, 3, 2, 2, 3, 0),  # pixels that no window shows
     (2, 6, 7, 2, 3, 3, 4, 3),  # a border as wide as the window
+    (5, 1, 1, 8, 8, 3, 2, 1),  # images smaller than the stride
+    (3, 2, 9, 4, 6, 3, 4, 1),
     (2, 8, 8, 4, 4, 3, 1, 0),
     (2, 8, 8, 16, 16, 3, 1, 2),
     (700, 8, 8, 4, 8, 3, 1, 1),  # more images than groups of pieces
@@ -451,6 +453,23 @@ def test_scratch_memory_is_as_large_as_asked_for_and_apart_with_large_pages_and_
             assert array.dtype == np.float32
             assert (array == i).all()
             assert not any(np.shares_memory(array, other) for other in arrays if other is not array)
+
+
+@pytest.mark.skipif(not hasattr(memory.mmap, "MADV_HUGEPAGE"), reason="no large pages here")
+def test_scratch_memory_begins_at_another_line_of_its_page_for_each_name_also_when_it_has_grown():
+    names = [f"line {i}" for i in range(4)]
+    for count in (10, 1000):
+        starts = [memory.scratch(name, (count,)).ctypes.data % memory.LARGE_PAGE for name in names]
+        assert all(start % memory.LINE == 0 for start in starts)
+        assert len(set(starts)) == len(names)
+
+
+def test_scratch_memory_beyond_what_there_is_raises_a_memory_error():
+    kept = memory.scratch("small, of this test", (10,))
+    kept[:] = 1
+    with pytest.raises(MemoryError):
+        memory.scratch("large, of this test", (2**60,))
+    assert (memory.scratch("small, of this test", (10,)) == kept).all()
 
 
 def test_the_number_of_threads_comes_from_the_environment(monkeypatch):

@@ -159,7 +159,7 @@ def batch_norm_statistics(x):
 
     def means_and_squares(piece_of):  # (blocks, C) each, float64
         partial = run(lambda i: sums_and_squares(piece_of(i)), range(len(parts)))
-        sums, squares = (unfold_sums(rows, C) for rows in zip(*partial, strict=True))
+        sums, squares = (unfold_sums(of_blocks, C) for of_blocks in zip(*partial, strict=True))
         means = sums / counts
         return means, np.maximum(squares - counts * means**2, 0)  # rounding could leave less
 
@@ -238,7 +238,7 @@ def batch_norm_add_relu_backward_sums(dout, x, out, mean, var, eps):
         return column_sums(g[block]), column_products(piece, g[block])
 
     partial = zip(*run(sums, blocks(*rows.shape)), strict=True)
-    dbias, dscale = (unfold_sums(rows, C).sum(axis=0) for rows in partial)  # (C,) each
+    dbias, dscale = (unfold_sums(of_blocks, C).sum(axis=0) for of_blocks in partial)  # (C,) each
     if not far:
         dscale -= mean * dbias
     return g.reshape(x.shape), dscale * rsqrt(var, eps), dbias
@@ -320,12 +320,16 @@ class Windows(NamedTuple):
     rows: np.ndarray  # (n*oh*ow, kh*kw*C), a view of that
 
     def copy_out(self):
+        """Copy what the windows show, and return it as rows."""
         np.copyto(self.columns, self.windows)
         return self.rows
 
 
 def windows_in(x, kernel_size, stride, out_size):
-    """Shapes      x (n, H, W, C)  ->  (n, oh, ow, kh, kw, C), a view"""
+    """See x through a window at each of its positions, a view.
+
+    Shapes      x (n, H, W, C)  ->  (n, oh, ow, kh, kw, C)
+    """
     per_image, per_row, per_pixel, per_channel = x.strides
     shape = (len(x), *out_size, *kernel_size, x.shape[3])
     strides = (per_image, per_row * stride, per_pixel * stride, per_row, per_pixel, per_channel)
@@ -333,20 +337,24 @@ def windows_in(x, kernel_size, stride, out_size):
 
 
 def framed_windows(x_shape, padding, height, width, top, left, kernel_size, stride, out_size):
-    """Args        padding, height, width: of the frame, see `memory.frame`; top, left: where its first window is"""
+    """Return Windows of a frame.
+
+    Args        padding, height, width: of the frame, see `memory.frame`; top, left: where its first window is
+    """
     images = workspace(frame, x_shape, padding, height, width)
     windows = windows_in(images.padded[:, top:, left:], kernel_size, stride, out_size)
     columns = scratch("columns", windows.shape)
-    return Windows(images, windows, columns, columns.reshape(math.prod(windows.shape[:3]), -1))
+    return Windows(images, windows, columns, columns.reshape(-1, math.prod(windows.shape[3:])))
 
 
 def column_chunks(N, rows_per_image):
+    """Cut N images into the pieces of im2col."""
     fewest, most = COLUMN_ROWS
     return chunks_of_images(N, rows_per_image, min(max(N * rows_per_image // 8, fewest), most))
 
 
 def columns_of(x, kernel_size, stride, padding, out_size):
-    """im2col into scratch memory.
+    """im2col into scratch memory. A 1x1 window with stride 1 and no padding needs none: its columns are x itself.
 
     Shapes      x (n, H, W, C)  ->  columns (n*oh*ow, kh*kw*C)
     """
@@ -361,7 +369,7 @@ def columns_of(x, kernel_size, stride, padding, out_size):
     windows = windows_in(x, kernel_size, stride, out_size)
     columns = scratch("columns", windows.shape)
     np.copyto(columns, windows)
-    return columns.reshape(math.prod(windows.shape[:3]), -1)
+    return columns.reshape(-1, math.prod(windows.shape[3:]))
 
 
 def im2col_conv2d(x, weight, stride, padding, finish):

@@ -45,7 +45,8 @@ def scratch(name, shape):
         count = math.prod(shape)
         if name not in _mine.memory or _mine.memory[name].size < count:
             _mine.views.clear()  # or they would hold the smaller memory as well
-            _mine.memory[name] = _in_large_pages(count, first_line=37 * len(_mine.memory))
+            place = [*_mine.memory, name].index(name)  # the name's own, also when its memory grows
+            _mine.memory[name] = _in_large_pages(count, first_line=37 * place)
         view = _keep((name, shape), _mine.memory[name][:count].reshape(shape))
     return view
 
@@ -61,11 +62,14 @@ def _in_large_pages(count, first_line):
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(count, np.float32)
     size = first_line * LINE + count * 4
-    memory = mmap.mmap(-1, 2 * LARGE_PAGE + size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, 2 * LARGE_PAGE + size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # out of memory, if NumPy finds none either: it says so with a MemoryError
+        return np.empty(count, np.float32)
     array = np.frombuffer(memory, np.uint8)
     start = -array.ctypes.data % LARGE_PAGE  # what lies before it is never written to, and takes no memory
-    pages = max(1, round(size / LARGE_PAGE))  # less than half a page at the end is left to small ones
-    with contextlib.suppress(OSError):  # a kernel built without them
+    pages = max(1, round(size / LARGE_PAGE))  # after the first, less than half a page at the end is left to small ones
+    with contextlib.suppress(OSError):  # a Linux built without them
         memory.madvise(mmap.MADV_HUGEPAGE, start, pages * LARGE_PAGE)
     return array[start : start + size][first_line * LINE :].view(np.float32)
 
@@ -75,6 +79,8 @@ def workspace(make, *shape):
 
     Why         A task's data push the interpreter's own out of the cache. To make a few views then takes as long as
                 copying an image, and keeps Python's lock from the other threads.
+
+    Args        make: a function of a module; a lambda would be another one each time
     """
     views = _mine.views.get((make, shape))
     return _keep((make, shape), make(*shape)) if views is None else views
@@ -102,7 +108,10 @@ class Frame(NamedTuple):
 
 
 def frame(x_shape, padding, height, width):
-    """Return a Frame for images of x_shape. It is good until the thread fills another one."""
+    """Return a Frame for images of x_shape. It is good until the thread fills another one.
+
+    Args        padding: rows of zeros above, and columns of zeros on the left; height, width: with all zeros
+    """
     n, H, W, C = x_shape
     padded = scratch("padded", (n, height, width, C))
     return Frame(padded, padded[:, padding : padding + H, padding : padding + W])

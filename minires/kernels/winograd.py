@@ -262,8 +262,8 @@ def matrices(name, n, H, W, C):
 
 def tile_matrices(name, n, H, W, C):
     th, tw = tiles_of(H), tiles_of(W)
-    matrices = scratch_matrices(name, n * th * tw, C)
-    return TileMatrices(matrices, matrices.reshape(6, 6, n, th, tw, C).transpose(2, 3, 0, 4, 1, 5))
+    V = scratch_matrices(name, n * th * tw, C)
+    return TileMatrices(V, V.reshape(6, 6, n, th, tw, C).transpose(2, 3, 0, 4, 1, 5))
 
 
 def weight_transform(weight):
