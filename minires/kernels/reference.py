@@ -584,10 +584,11 @@ def orthogonalize(matrix, steps=3):
         return orthogonalize(matrix.T, steps).T  # the smaller of the two squares
     X = matrix / (norm(matrix) + 1e-30)  # of a gradient of 0 nothing is left
     square, eye = X.T @ X, array_module(X).eye(X.shape[1], dtype=X.dtype)  # (O, O)
-    product = eye
-    for _ in range(steps):
+    product = Q = a * eye + b * square + c * (square @ square)
+    for _ in range(steps - 1):
+        square = Q @ square @ Q
         Q = a * eye + b * square + c * (square @ square)
-        product, square = product @ Q, Q @ square @ Q
+        product = product @ Q
     return X @ product
 
 
