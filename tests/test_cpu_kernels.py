@@ -472,6 +472,15 @@ def test_scratch_memory_beyond_what_there_is_raises_a_memory_error():
     assert (memory.scratch("small, of this test", (10,)) == kept).all()
 
 
+def test_what_the_caller_wants_told_of_overflow_holds_in_every_thread():
+    threads.set_num_threads(3)
+    together = threading.Barrier(3, timeout=60)  # a task for each thread
+    for wanted in ("ignore", "raise"):
+        with np.errstate(over=wanted):
+            assert threads.run(lambda _: (together.wait(), np.geterr()["over"])[1], range(3)) == [wanted] * 3
+    threads.set_num_threads(None)
+
+
 def test_the_number_of_threads_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("MINIRES_NUM_THREADS", "5")
     threads.set_num_threads(None)

@@ -13,6 +13,7 @@ that the two kinds do not fight for the cores.
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import ctypes
 import functools
 import math
@@ -109,7 +110,8 @@ def run(work, tasks):
     with one_blas_thread():
         try:
             for _ in range(min(num_threads(), len(tasks)) - 1):
-                others.append(_threads().submit(take_tasks))
+                context = contextvars.copy_context()  # np.errstate of the caller, which a thread does not inherit
+                others.append(_threads().submit(context.run, take_tasks))
             take_tasks()
             concurrent.futures.wait(others)
         except BaseException:  # Ctrl-C among them
