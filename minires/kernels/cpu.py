@@ -141,11 +141,11 @@ def batch_norm_statistics(x):
     """See `reference.batch_norm_statistics`. One pass over memory, or two.
 
     Why         A block of rows has a mean m_b of its own and a sum of squares around it. Around the mean of all rows,
-                its sum of squares is larger by n_b (m_b - mean)^2.
-                Around its own mean it is the sum of x^2, less n_b m_b^2. Far from 0 the two are large and almost equal,
-                and their difference has no digits left. Then the mean is subtracted first, in a second pass. It has
-                lost digits, too, as a float32 sum of large numbers. But what is left is small: its own mean, the rest
-                of m_b, is right, and a constant channel has variance 0.
+                its sum of squares is larger by n_b (m_b - mean)^2. Around its own mean it is the sum of x^2, less n_b
+                m_b^2. Far from 0 the two are large and almost equal, and their difference has no digits left. Then the
+                mean is subtracted first, in a second pass. It has lost digits, too, as a float32 sum of large numbers.
+                But what is left is small: its own mean, the rest of m_b, is right, and a constant channel has
+                variance 0.
 
     Source      Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
                 variances"
@@ -443,14 +443,14 @@ def im2col_input_gradient(dout, weight, x_shape, stride, padding):
             phases.append((pixels, rows, (top, left, (th, tw), 1, (-(-(H - y) // stride), -(-(W - x) // stride)))))
 
     def send_back(images):
-        framed = dout[images].shape, margin, height, width
-        workspace(frame, *framed).fill(dout[images])
+        size_of_frame = dout[images].shape, margin, height, width
+        workspace(frame, *size_of_frame).fill(dout[images])
         for pixels, rows, windows in phases:
             target = dx[images][pixels]  # (n, ., ., C)
             if not len(rows):
                 target[...] = 0
                 continue
-            columns = workspace(framed_windows, *framed, *windows).copy_out()
+            columns = workspace(framed_windows, *size_of_frame, *windows).copy_out()
             product = scratch("product", target.shape)
             np.matmul(columns, rows, out=product.reshape(-1, C))
             target[...] = product
