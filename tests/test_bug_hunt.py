@@ -40,8 +40,8 @@ def hunt(*args):
 def said(tmp_path_factory):
     """What each bug's check and the gradient check say of a copy with that bug: {number: {check: text}}."""
 
-    def of_bugs(numbers):
-        project, texts = tmp_path_factory.mktemp("hunt"), {}
+    def of_bugs(project, numbers):
+        texts = {}
         bugs.copy_project(project, bugs.NOT_PLANTED)
         for number in numbers:
             bug = bugs.BUGS[number - 1]
@@ -50,8 +50,9 @@ def said(tmp_path_factory):
             shutil.copy2(bugs.ROOT / bug.file, project / bug.file)
         return texts
 
+    projects = [tmp_path_factory.mktemp("hunt") for _ in range(2)]  # not in the threads: it is not safe there
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        odd, even = pool.map(of_bugs, (NUMBERS[::2], NUMBERS[1::2]))
+        odd, even = pool.map(of_bugs, projects, (NUMBERS[::2], NUMBERS[1::2]))
     return odd | even
 
 
