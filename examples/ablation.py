@@ -14,7 +14,8 @@ the study that are there.
 Exit codes: those of train_cifar.py, 1 if a run did not end well.
 
 Compare variants by their validation accuracy; the test accuracy is what to report for the one that was chosen. The
-recipes themselves have nothing left to choose: two of them train on all images, and the test accuracy is their result.
+recipes themselves have nothing left to choose: all but the report's train on all images, and their result is the test
+accuracy.
 """
 
 import argparse

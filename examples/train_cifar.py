@@ -9,7 +9,7 @@
 
 The defaults are the recipe of the report "Residual Network Design": Adam at 0.001, batches of 128, 20 epochs, four
 fifths of the training images to train on and one fifth to validate, random crop and flip, dropout before the last
-layer, the weights with the lowest validation loss kept. recipes.py lists it and two others; each ingredient is an
+layer, the weights with the lowest validation loss kept. recipes.py lists it and three others; each ingredient is an
 option of its own, which overrides the recipe. The test images are looked at once, at the end.
 
 `train` below is the whole of it. What a run does besides (its folder, checkpoints, signals, progress, the search for
