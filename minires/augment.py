@@ -4,9 +4,9 @@ A network that sees each image moved, mirrored or partly covered, differently in
 memorise the images, and learns that none of this changes what is on them. Augmentation is for training alone.
 
 Pure functions on many images at once, on CPU and GPU. The random ones draw for an image by the seed of the run, the
-epoch, and the position of the image in the epoch's order. So the result is the same however an epoch is cut into
-batches, and the draws of the functions are independent of each other. All is computed in integers until `normalize`,
-and gives the same bits everywhere.
+epoch, and the position of the image in the epoch's order (`alternating_flip` by its index in the data set, once for all
+epochs). So the result is the same however an epoch is cut into batches, and the draws of the functions are independent
+of each other. All is computed in integers until `normalize`, and gives the same bits everywhere.
 
     key         the seed of the run
     epoch       the number of the epoch
@@ -164,7 +164,8 @@ def normalize(images, mean, std, dtype="float32"):
 
     Shapes      images (N, H, W, C) uint8, mean and std of length C  ->  (N, H, W, C)
     Args        dtype: of the result; it is computed in float32
-    Raises      ValueError for images of another dtype: floats from 0 to 1 would all become almost the same
+    Raises      ValueError for images of another dtype (floats from 0 to 1 would all become almost the same), and for a
+                mean and deviations that do not fit
     """
     check_images("normalize", images)
     xp = array_module(images)

@@ -1,7 +1,7 @@
 """CPU or GPU: which array library an array belongs to, and how arrays move between the two.
 
-minires computes with NumPy on the CPU and with CuPy on the GPU. Code above this file asks an array for its
-library (`xp = array_module(x)`) and never imports CuPy itself. CuPy is imported on the first use of the GPU, since
+minires computes with NumPy on the CPU and with CuPy on the GPU. Code that builds on this file asks an array for its
+library (`xp = array_module(x)`) and does not import CuPy itself. CuPy is imported on the first use of the GPU, since
 the import alone takes seconds and touches the disk.
 
 Source      CuPy's installation guide, for the packages and the environment variables named in the messages
@@ -96,7 +96,8 @@ def _first_line(error):
 def choose_device(device="auto"):
     """Return "cpu" or "gpu"; "auto" takes the GPU where there is a usable one.
 
-    Raises      GPUError if "gpu" is asked for and cannot be used: there is no silent way back to the CPU
+    Raises      GPUError if "gpu" is asked for and cannot be used: there is no silent way back to the CPU; ValueError
+                for another word
     """
     if device == "auto":
         try:

@@ -49,7 +49,7 @@ class Batches:
             raise TypeError(f"Batches: batch_size must be an integer, got {batch_size!r}")
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
-        self.images, self.labels, self.order, self.batch_size = images, labels, order, batch_size
+        self.images, self.labels, self.order, self.batch_size = images, labels, order, int(batch_size)
         self.transform, self.ranks = transform or unchanged, ranks
         self.first = 0  # the position in the epoch of the first image
 

@@ -19,6 +19,7 @@ def measure_statistics(model, batches):
     among them, are in evaluation mode meanwhile; each part's mode is restored.
 
     Shapes      batches: several (N, H, W, C), as in training: normalised, on the model's device
+    Raises      ValueError for no batch, or one without images
     Source      Izmailov et al. 2018, "Averaging weights leads to wider optima", section 3.2
     """
     norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
@@ -46,7 +47,9 @@ def measure_statistics(model, batches):
 
 @contextlib.contextmanager
 def averaged_weights(average, model, batches):
-    """Put averaged weights into a model, with BatchNorm statistics of their own, until the block is left.
+    """Put averaged weights into a model until the block is left, and measure BatchNorm's statistics for them.
+
+    The statistics stay, as the next training step moves on from them: measure anew to evaluate the other weights.
 
     Args        average: a WeightAverage, or None, with which nothing is done; batches: see `measure_statistics`
     """
@@ -82,12 +85,12 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     """
     check_array("predict_logits", images)
     if images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"expected images (N, H, W, 3), channels last, at least one of them, got {images.shape}")
+        raise ValueError(f"predict_logits expects images (N, H, W, 3), at least one of them, got {images.shape}")
     if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-    weight = next((p.data for p in model.parameters()), np.zeros(0, np.float32))
+        raise ValueError(f"predict_logits: batch_size must be an integer of at least 1, got {batch_size!r}")
+    weight = next((value.data for _, value in model.named_state()), np.zeros(0, np.float32))
     device = "cpu" if array_module(weight) is np else "gpu"
-    logits = []
+    batch_size, logits = int(batch_size), []  # a np.uint8 would run over
     with evaluation_mode(model):
         for start in range(0, len(images), batch_size):
             stop()
@@ -120,9 +123,10 @@ def confusion_matrix(labels, predictions, num_classes):
         raise ValueError(f"confusion_matrix expects (N,) twice, got {labels.shape} and {predictions.shape}")
     for name, classes in (("labels", labels), ("predictions", predictions)):
         if len(classes) and (classes.dtype.kind not in "iu" or not 0 <= classes.min() <= classes.max() < num_classes):
+            span = f"{classes.min()} to {classes.max()}, " if classes.dtype.kind in "biuf" else ""
             raise ValueError(
                 f"confusion_matrix expects {name} that are integers from 0 to {num_classes - 1}, got "
-                f"{classes.min()} to {classes.max()}, {classes.dtype}"
+                f"{span}{classes.dtype}"
             )
     pairs = labels.astype(np.int64) * num_classes + predictions.astype(np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -2,7 +2,7 @@
 
 A trained network normalises with fixed numbers, so BatchNorm is linear, and so is the convolution before it: together
 they are one convolution, with other weights and a bias. A pass over every activation is saved. What remains, the bias,
-the sum with the shortcut and the ReLU, is done to each piece of the convolution's output while it is in the cache.
+the sum with the shortcut and the ReLU, a CPU does to each piece of the convolution's output while it is in the cache.
 """
 
 import copy

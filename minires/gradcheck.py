@@ -76,6 +76,8 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
     same = [np.array_equal(to_numpy(a), b) for a, b in ((x_there, x_before), (dout_there, dout_before))]
     require(same[0], f"{title}: forward or backward changed x, which belongs to the caller")
     require(same[1], f"{title}: backward changed dout, which belongs to the caller")
+    kind = type(gradients["x"]).__name__
+    require(hasattr(gradients["x"], "shape"), f"{title}: backward should return dx, an array, and returned a {kind}")
     require(gradients["x"].shape == x.shape, f"{title}: dx has shape {gradients['x'].shape}, x has {x.shape}")
     if isinstance(layer, Module):
         gradients |= {name: parameter.grad for name, parameter in worker.named_parameters()}
@@ -125,7 +127,7 @@ def check_that_gradients_add_up(title, layer, worker, x, args, dout):
     second.backward(dout)
     for (name, once), twice in pairs:
         require(
-            np.allclose(to_numpy(twice.grad), 2 * to_numpy(once.grad), rtol=1e-6),
+            np.allclose(to_numpy(twice.grad), 2 * to_numpy(once.grad), rtol=1e-6, equal_nan=True),
             f"{title}: backward sets the gradient of {name}; it should add to it",
         )
 

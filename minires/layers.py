@@ -397,7 +397,13 @@ def _check_dout(layer, dout, out_shape, out_dtype):
 
 
 def _check_dtype(layer, x):
-    dtype = (layer.bias if isinstance(layer, Bias2d) else layer.weight).data.dtype
+    own = (layer.bias if isinstance(layer, Bias2d) else layer.weight).data
+    dtype, library = own.dtype, array_module(own).__name__
+    if array_module(x) is not array_module(own):
+        raise ValueError(
+            f"{type(layer).__name__} has parameters of {library}, got an input of {array_module(x).__name__}: move the "
+            "module by to(device), or the input by backend.to_device"
+        )
     if x.dtype != dtype and (x.dtype, dtype) not in kernels_for(x).MIXED_DTYPES:
         raise ValueError(
             f"{type(layer).__name__} has {dtype} parameters, got an input of {x.dtype}: convert the input, or the "

@@ -18,8 +18,8 @@ class SoftmaxCrossEntropy:
     Cached      the probabilities and the labels
     Limits      on a GPU the range of the labels is not checked: looking at them would wait for the device
     Args        label_smoothing: the share of the target that is spread evenly over all classes, 0 to 1
-    Raises      ValueError for labels that are no array or do not fit the logits, and for a dloss that is no number;
-                RuntimeError for backward without forward
+    Raises      ValueError for labels that are no array or do not fit the logits, and for a dloss that is an array;
+                TypeError for logits that are no array and what is no number; RuntimeError for backward without forward
     Ranks       where several processes share a batch (training/distributed.py), the mean is over all of it, and each
                 process gives the gradient of that mean by the logits of its own images, of which there may be none
     Source      PyTorch's CrossEntropyLoss
@@ -43,6 +43,9 @@ class SoftmaxCrossEntropy:
             raise ValueError(
                 f"SoftmaxCrossEntropy expects logits (N, K) and labels (N,), got {logits.shape} and {labels.shape}"
             )
+        if array_module(labels) is not array_module(logits):
+            libraries = " and ".join(array_module(array).__name__ for array in (logits, labels))
+            raise ValueError(f"SoftmaxCrossEntropy expects logits and labels on one device, got arrays of {libraries}")
         if labels.dtype.kind not in "iu":
             raise ValueError(f"SoftmaxCrossEntropy expects labels that are integers, got {labels.dtype}")
         if not len(labels) and not self.ranks:
@@ -74,4 +77,5 @@ class SoftmaxCrossEntropy:
             dloss, probabilities, labels, self.label_smoothing
         )
 
-    __call__ = forward
+    def __call__(self, logits, labels):
+        return self.forward(logits, labels)

@@ -184,7 +184,7 @@ class Module:
         Nothing is changed unless everything fits. Values are converted to the dtype and moved to the device in use.
 
         Raises      ValueError that lists every name that is missing, unexpected, of the wrong shape, no real numbers or
-                    too large for the dtype in use
+                    too large for the dtype in use; TypeError for what is no dict
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"load_state_dict expects a dict of arrays by name, got a {type(state).__name__}")

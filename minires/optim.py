@@ -45,7 +45,7 @@ class SGD:
                 momentum: 0 to below 1; weight_decay: added to the gradient, times the parameter; decay_vectors: False
                 keeps the weight decay from biases and BatchNorm's parameters; max_norm: gradients that are longer than
                 this, all of them taken as one vector, are shortened to it before the step
-    Raises      ValueError for values outside these ranges
+    Raises      ValueError for values outside these ranges, and for nesterov without a momentum
     Source      PyTorch's SGD, without dampening; its clip_grad_norm_ for max_norm
     """
 
@@ -98,12 +98,12 @@ class Muon(SGD):
 
     Update      of a filter: see `kernels.reference.muon_update`, where it is derived
 
-    Args        params, lr, momentum, nesterov, weight_decay, decay_vectors, max_norm: as in `SGD`, for all but the
-                filters; filter_lr: the share of a filter that a step replaces, in parts of lr; filter_momentum: 0 to
-                below 1
-    Limits      hidden filters are those of convolutions with more than three input channels (a first one's are colours)
-                that are followed by BatchNorm: without it, their norms, which are held fixed, would matter. They take
-                filter_lr in the place of an lr_factor of their own
+    Args        params, lr, momentum (above 0 here), nesterov, weight_decay, decay_vectors: as in `SGD`, for all but the
+                filters; max_norm: as in `SGD`, over all gradients, those of the filters among them; filter_lr: the
+                share of a filter that a step replaces, in parts of lr; filter_momentum: 0 to below 1
+    Limits      hidden filters are those of all convolutions with more than three input channels (a first one's are
+                colours). BatchNorm has to follow each: without it, their norms, which are held fixed, would matter.
+                They take filter_lr in the place of an lr_factor of their own
     Raises      ValueError for values outside these ranges
     Source      see `kernels.reference.muon_update`
     """

@@ -84,7 +84,7 @@ def output_shapes(model, input_shape):
         return recorded
 
     attributes = [(module, dict(vars(module))) for module in model.modules()]
-    weight = next((p.data for p in model.parameters()), np.zeros(0, np.float32))
+    weight = next((value.data for _, value in model.named_state()), np.zeros(0, np.float32))
     try:
         for module, _ in attributes:
             module.training = False

@@ -44,7 +44,7 @@ OPERATIONS = (
     "autocontrast",
     "equalize",
 )
-STRENGTHS = 31  # from 0, which changes nothing or little, to 30
+STRENGTHS = 31  # from 0, which changes nothing or little, to 30; autocontrast and equalize know no strength
 STREAM = 5  # of random numbers; 1 to 4 are those of augment.py
 ONE = 2**16  # a number with a fractional part is kept as an integer, its multiple of 1 / ONE, rounded
 

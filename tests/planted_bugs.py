@@ -162,6 +162,13 @@ BUGS = [
         "optim::test_sgd_three_steps_by_hand",
     ),
     bug(
+        "muon: the velocity is never slowed down",
+        REFERENCE,
+        "velocity *= momentum\n        velocity += grad_scale * grad\n        direction",
+        "velocity += grad_scale * grad\n        direction",
+        "optim::test_muon_replaces_a_share_of_a_filter_and_keeps_its_norm",
+    ),
+    bug(
         "Adam's correction lacks the power",
         REFERENCE,
         "param -= (lr / (1 - beta1**step))",
@@ -257,7 +264,7 @@ BUGS = [
         "cpu_kernels::test_images_that_tiles_do_not_suit_go_another_way",
     ),
     bug(
-        "winograd: one axis of the weight transform is skipped on the way back",
+        "winograd: one axis of the weight transform loses its signs on the way back",
         WINOGRAD,
         "both = np.ascontiguousarray(np.kron(WEIGHT, WEIGHT).T)",
         "both = np.ascontiguousarray(np.kron(WEIGHT, abs(WEIGHT)).T)",
@@ -564,6 +571,8 @@ def main():
     args = parser.parse_args()
     names = [name.lower() for name in args.names]
     bugs = [bug for bug in BUGS if not names or any(n in f"{bug.name} {bug.file}".lower() for n in names)]
+    if not bugs:
+        parser.error(f"no bug has one of these in its name or file: {' '.join(args.names)}")
     if args.list:
         for bug in bugs:
             print(f"{bug.name}\n    {bug.file}: {', '.join(bug.tests)}")

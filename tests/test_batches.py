@@ -29,7 +29,7 @@ def together(batches):
 
 def test_an_epoch_gives_the_same_images_however_it_is_cut():
     expected = random_crop(DATA.train_images[ORDER], 7, 1)
-    for batch_size in (1, 20, 103, 500):
+    for batch_size in (1, 20, np.uint8(103), 500):
         images, labels = together(of(batch_size))
         np.testing.assert_array_equal(images, expected)
         np.testing.assert_array_equal(labels, DATA.train_labels[ORDER])

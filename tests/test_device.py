@@ -86,6 +86,14 @@ def test_training_on_the_stand_in_gives_the_same_bits(strict_gpu, optimizer):
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
+def test_arrays_on_two_devices_are_named(strict_gpu):
+    x, labels = np.zeros((2, 3), np.float32), np.zeros(2, int)
+    with pytest.raises(ValueError, match="Linear has parameters of numpy, got an input of strict_array: move the"):
+        Linear(3, 2)(strict_gpu.asarray(x))
+    with pytest.raises(ValueError, match="logits and labels on one device, got arrays of strict_array and numpy"):
+        SoftmaxCrossEntropy()(strict_gpu.asarray(x), labels)
+
+
 def test_an_optimizer_made_before_the_move_says_so(strict_gpu):
     model = ResNet((1,), (4,))
     optimizer = Adam(model.parameters())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minires import ResNet, Sequential
+from minires import Conv2d, GlobalAvgPool2d, ResNet, Sequential, fold_batch_norm, summary
 from minires.augment import normalize
 from minires.cifar10 import MEAN, STD, load_sample
 from minires.evaluation import confusion_matrix, evaluate, measure_statistics, predict_logits
@@ -98,7 +98,7 @@ def test_classes_in_bytes_are_counted_where_they_belong():
 def test_images_that_are_none_or_lie_otherwise_are_named():
     model, images = ResNet((1,), (4,)), load_sample().test_images[:2]
     for wrong in (images[:0], images.transpose(0, 3, 1, 2), images[0]):
-        with pytest.raises(ValueError, match=r"expected images \(N, H, W, 3\), channels last, .*, got \("):
+        with pytest.raises(ValueError, match=r"predict_logits expects images \(N, H, W, 3\), at least one .*, got \("):
             predict_logits(model, wrong, MEAN, STD)
     with pytest.raises(ValueError, match="expected at least one batch of images, got none"):
         measure_statistics(model, [])
@@ -111,6 +111,7 @@ def test_images_that_are_none_or_lie_otherwise_are_named():
         ([3], [12], "predictions that are integers from 0 to 9, got 12 to 12, int64"),
         ([-1, 1], [1, 1], "labels that are integers from 0 to 9, got -1 to 1, int64"),
         ([1], [1.7], r"predictions that are integers from 0 to 9, got 1\.7 to 1\.7, float64"),
+        (["cat"], ["dog"], "labels that are integers from 0 to 9, got <U3"),
         ([1, 2], [1], r"expects \(N,\) twice, got \(2,\) and \(1,\)"),
     ],
 )
@@ -126,6 +127,22 @@ def test_a_batch_size_that_is_none_is_named(batch_size):
     images = load_sample().test_images[:2]
     with pytest.raises(ValueError, match=f"batch_size must be an integer of at least 1, got {batch_size}"):
         predict_logits(ResNet((1,), (4,)), images, MEAN, STD, batch_size=batch_size)
+
+
+def test_a_batch_size_in_numpys_small_integers_loses_no_image():
+    model, images = ResNet((1,), (4,)), load_sample().test_images[:300]
+    logits = predict_logits(model, images, MEAN, STD, batch_size=np.uint8(200))
+    np.testing.assert_array_equal(logits, predict_logits(model, images, MEAN, STD, batch_size=200))
+
+
+def test_a_network_without_parameters_of_its_own_is_run_in_the_type_of_its_numbers():
+    model = Sequential(Conv2d(3, 10, 3, rng=1), BatchNorm2d(10), GlobalAvgPool2d()).to(dtype="float64").eval()
+    folded, images = fold_batch_norm(model), load_sample().test_images[:3]
+    assert not folded.parameters()
+    np.testing.assert_allclose(
+        predict_logits(folded, images, MEAN, STD), predict_logits(model, images, MEAN, STD), rtol=1e-12
+    )
+    assert "total" in summary(folded).lower()
 
 
 def test_images_in_a_list_and_batches_without_images_are_named():

@@ -1,8 +1,8 @@
 """The GPU's kernels: each equals its reference twin, run by NumPy in float64 on the same numbers, and changes no input.
 
 They run twice: everywhere on an emulator of the GPU (cuda_emulator.h), small, and where there is a GPU on that, large.
-The bounds are relative norms: 1e-6 in float32, 1e-3 with TF32 in convolutions, 1e-2 in float16; each 2^-11 for a number
-that is rounded to 10 bits, with room for sums.
+The bounds are relative norms: 1e-6 in float32, 1e-3 with TF32 in convolutions, 1e-2 in float16. In the last two each
+number is rounded to 10 bits, and off by 2^-11 at most; there is room for sums.
 """
 
 import inspect
@@ -77,17 +77,9 @@ def assert_close(actual, expected, bound):
 
 def test_every_name_of_the_reference_is_offered_with_the_same_arguments():
     for name, function in inspect.getmembers(reference, inspect.isfunction):
-        twin = getattr(gpu, name, None)
-        if twin is not None and function.__module__ == reference.__name__:
-            theirs, ours = inspect.signature(twin).parameters, inspect.signature(function).parameters
+        if function.__module__ == reference.__name__:
+            theirs, ours = inspect.signature(getattr(gpu, name)).parameters, inspect.signature(function).parameters
             assert list(theirs)[: len(ours)] == list(ours), name
-    called = {"relu_forward", "add", "linear_forward", "dropout_forward", "global_avg_pool2d_forward", "add_and_relu"}
-    called |= {"softmax_cross_entropy_forward", "batch_norm_forward", "conv2d_forward", "max_pool2d_forward"}
-    called |= {name.replace("forward", "backward") for name in called if name.endswith("forward")}
-    called |= {"batch_norm_statistics", "batch_norm_backward_sums"}
-    called |= {"batch_norm_add_relu_forward", "batch_norm_add_relu_backward_sums"}
-    called |= {"update_running_statistics", "sgd_update", "adam_update", "sum_of_squares", "sum_over_rows"}
-    assert all(hasattr(gpu, name) for name in called)
 
 
 # images, height, width, channels
@@ -220,10 +212,9 @@ def test_convolution(xp, rng, precision):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("precision", ["tf32", "float16"], indirect=True)  # strict float32 uses no tiles
 @pytest.mark.parametrize("which", range(3))
 def test_every_tile_of_the_implicit_convolution(xp, rng, precision, which, monkeypatch):
-    if precision == "float32":
-        pytest.skip("uses no tiles")
     dtype = "float16" if precision == "float16" else "float32"
     gpu.module(xp)  # with all tiles, as it is kept for the tests that follow
     monkeypatch.setattr(gpu, "TILES", (gpu.TILES[which],))
@@ -363,6 +354,11 @@ def test_optimizers(xp, rng):
         gpu.adam_update(*sent, step, 1e-3, (0.9, 0.999), 1e-8, 1e-2, 0.5)
     for a, s in zip(arrays, sent, strict=True):
         assert relative_error(xp.asnumpy(s), a) < 1e-6
+    arrays = [rng.standard_normal(size), rng.standard_normal(size)]
+    sent = [xp.asarray(a.astype(np.float32)) for a in arrays]
+    reference.average_update(*arrays, 0.9)
+    gpu.average_update(*sent, 0.9)
+    assert relative_error(xp.asnumpy(sent[0]), arrays[0]) < 1e-6
 
 
 def test_the_precision_is_checked():

@@ -120,6 +120,28 @@ def test_setting_the_gradient_instead_of_adding_is_found(rng):
         check_gradients(Sets(4, 3), rng.standard_normal((5, 4)))
 
 
+def test_a_gradient_that_is_not_finite_is_not_taken_for_one_that_is_set(rng):
+    class Nan(Linear):
+        def backward(self, dout):
+            dx = super().backward(dout)
+            self.weight.grad += np.nan
+            return dx
+
+    with pytest.raises(AssertionError, match=r"the gradient of weight is wrong: .* the backward says nan"):
+        check_gradients(Nan(3, 2), rng.standard_normal((4, 3)))
+
+
+@pytest.mark.parametrize("dx", [None, ()])
+def test_a_backward_that_returns_no_array_is_named(rng, dx):
+    class Forgetful(Square):
+        def backward(self, dout):
+            super().backward(dout)
+            return dx
+
+    with pytest.raises(AssertionError, match="Forgetful: backward should return dx, an array, and returned a "):
+        check_gradients(Forgetful(), rng.standard_normal((4, 5)))
+
+
 def test_gradients_from_before_do_not_matter(rng):
     layer = Linear(4, 3, rng=rng)
     for parameter in layer.parameters():

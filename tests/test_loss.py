@@ -91,3 +91,12 @@ def test_a_smoothing_that_is_no_number_is_named(smoothing):
 def test_logits_in_a_list_are_named():
     with pytest.raises(TypeError, match="SoftmaxCrossEntropy expects an array, got a list"):
         SoftmaxCrossEntropy()([[1.0, 2.0]], np.array([0]))
+
+
+def test_a_forward_of_ones_own_is_called():
+    class Doubled(SoftmaxCrossEntropy):
+        def forward(self, logits, labels):
+            return 2 * super().forward(logits, labels)
+
+    logits, labels = np.zeros((2, 10)), np.zeros(2, int)
+    assert Doubled()(logits, labels) == 2 * SoftmaxCrossEntropy()(logits, labels)

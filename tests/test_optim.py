@@ -180,18 +180,22 @@ def test_a_parameter_with_a_learning_rate_of_its_own(make, decay_vectors, rng):
 
 
 def test_muon_replaces_a_share_of_a_filter_and_keeps_its_norm(rng):
-    """Two steps by hand: with the gradient an orthogonal matrix Q, its orthogonalisation is about Q."""
-    Q = np.linalg.qr(rng.standard_normal((36, 6)))[0]
+    """Two steps by hand, with gradients Q and R that are orthogonal matrices, and orthogonal to each other.
+
+    Then the velocity is Q, later 0.6 Q + R, and what is orthogonalised is 1.6 Q, later R + 0.6 (0.6 Q + R): a multiple
+    of an orthogonal matrix, of which about that matrix is left.
+    """
+    Q, R = np.split(np.linalg.qr(rng.standard_normal((36, 12)))[0], 2, axis=1)
     filters = Parameter(3 * rng.standard_normal((3, 3, 4, 6)))
     vector = Parameter(rng.standard_normal(6))
     expected_vector, p = Parameter(vector.data.copy()), filters.data.reshape(36, 6).copy()
     optimizer = Muon([filters, vector], lr=0.4, weight_decay=0.1, filter_lr=0.25, filter_momentum=0.6)
     sgd = SGD([expected_vector], lr=0.4, momentum=0.9, nesterov=True, weight_decay=0.1)
-    for _ in range(2):
-        filters.grad[...], vector.grad[...], expected_vector.grad[...] = Q.reshape(3, 3, 4, 6), 0.5, 0.5
+    for grad, direction in ((Q, Q), (R, (1.6 * R + 0.36 * Q) / np.hypot(1.6, 0.36))):
+        filters.grad[...], vector.grad[...], expected_vector.grad[...] = grad.reshape(3, 3, 4, 6), 0.5, 0.5
         optimizer.step()
         sgd.step()
-        p = p * np.sqrt(6) / np.linalg.norm(p) - 0.1 * gain(6) * Q
+        p = p * np.sqrt(6) / np.linalg.norm(p) - 0.1 * gain(6) * direction
     np.testing.assert_allclose(filters.data.reshape(36, 6), p, rtol=1e-9)
     np.testing.assert_array_equal(vector.data, expected_vector.data)
 

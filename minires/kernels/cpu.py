@@ -175,9 +175,9 @@ def batch_norm_statistics(x):
 
 
 def is_far(mean, var):
-    """Whether any channel is so far from 0 that its mean has to be subtracted first, or digits would be lost.
+    """Whether any channel, of any block, is so far from 0 that its mean has to be subtracted first, to lose no digits.
 
-    Shapes      mean, var (C,)  ->  bool
+    Shapes      mean, var (..., C)  ->  bool
     """
     return bool((np.abs(mean) > FAR * np.sqrt(var)).any())
 

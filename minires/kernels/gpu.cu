@@ -1,9 +1,9 @@
 // The GPU's kernels: what gpu.py launches, one CUDA module.
 //
 // Images are NHWC, so a pixel's channels lie side by side, and every kernel that walks over channels moves 16 bytes per
-// thread and access: a `Pack` of 4 floats or 8 halves. T is the type in memory, float or half; all arithmetic and all
-// sums are in float. Sums are cut by the shape of the problem alone and added in a fixed order: there is no atomic
-// operation, and a run gives the same bits again.
+// thread and access: a `Pack` of 4 floats or 8 halves. T is the type in memory, float or half; arithmetic is in float,
+// sums are in float or double. They are cut by the shape of the problem alone and added in a fixed order: there is no
+// atomic operation, and a run gives the same bits again.
 //
 // "Bytes" counts what a kernel must read and write, in arrays of the size of its main argument; divided by the memory's
 // bandwidth that is its floor. Where arithmetic is the floor, the comment says so.
@@ -159,12 +159,13 @@ __global__ void average_pool_backward(const T* dout, T* dx, long long size, int 
 template <typename A, typename B, typename T>
 __global__ void small_product(const A* a, const B* b, const float* bias, T* out, int M, int N, int K, int a_row,
                               int a_column, int b_row, int b_column) {
-    const int output = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    const int output = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (output >= M * N) return;
     const int m = output / N, n = output % N;
     float sum = 0;
     for (int k = lane; k < K; k += 32)
-        sum += float(a[(long long)m * a_row + k * a_column]) * float(b[(long long)k * b_row + n * b_column]);
+        sum += float(a[(long long)m * a_row + (long long)k * a_column]) *
+               float(b[(long long)k * b_row + (long long)n * b_column]);
     for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
     if (lane == 0) out[output] = T(bias ? sum + bias[n] : sum);
 }

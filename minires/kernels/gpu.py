@@ -7,7 +7,8 @@ halves the memory that moves and doubles the tensor cores' rate. Sums are in flo
 A convolution goes one of two ways:
 
     implicit    on the tensor cores, without columns (see gpu.cu): float16, and float32 with TF32 allowed, where the
-                channels are multiples of what a tile holds
+                channels are multiples of what a tile holds. Where only those of the output are, as in the first layer,
+                im2col makes columns, which the tensor cores take as a convolution with a 1x1 window
     columns     im2col, cuBLAS's matrix product, col2im: everything else, and float32 without TF32
 
 TF32 keeps 10 bits of each factor's fraction where float32 has 23. `set_precision("float32")` does without.
@@ -90,7 +91,7 @@ def kernel_names():
     names = ["update_running", "batch_norm_merge", "batch_norm_backward_merge", "sum_splits", "adam", "sgd", "average"]
     for dtype, T in (("float32", "float"), ("float16", "half")):
         V = 16 // np.dtype(dtype).itemsize
-        names += [f"dropout<{T}>", f"cast<{T}>", f"column_sums<{T}>"]
+        names += [f"dropout<{T}>", f"column_sums<{T}>"]
         names += [f"softmax_cross_entropy<{T}, {L}>" for L in ("byte", "long long")]
         for v in (1, V):
             names += [f"{name}<{T}, {v}>" for name in ("add", "average_pool", "average_pool_backward", "col2im")]
@@ -102,11 +103,7 @@ def kernel_names():
         names += [f"convolve<{T}, {tile_arguments(tile)}, {way}>" for tile in TILES for way in ("true", "false")]
         names += [f"convolve_weight_gradient<{T}, {tile_arguments(tile)}>" for tile in GRADIENT_TILES[dtype]]
         names += [f"small_product<{T}, float, {T}>", f"small_product<{T}, {T}, float>"]
-    names += [
-        "small_product<half, float, float>",
-        "small_product<float, float, half>",
-        "small_product<half, float, half>",
-    ]
+    names += ["cast<half>", "small_product<half, float, float>", "small_product<float, float, half>"]
     names += [f"softmax_cross_entropy_backward<{L}>" for L in ("byte", "long long")]
     return tuple(dict.fromkeys(names))
 

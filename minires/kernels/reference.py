@@ -1,7 +1,7 @@
 """The mathematics of every layer: each forward with its backward right below, for NumPy and CuPy alike.
 
-This is the page to read first. Every function is pure: it takes arrays, returns new ones and writes to none of its
-arguments, but for the four whose names say update, which are there to write. The examples in the docstrings are run
+This is the page to read first. Every function is pure: it takes arrays, returns others and writes to none of its
+arguments, but for the five whose names say update, which are there to write. The examples in the docstrings are run
 by the tests.
 
 A backward is given dout, the derivative of the loss by the forward's output, and returns the derivative of the loss by
@@ -540,7 +540,8 @@ def muon_update(weights, grads, velocities, lr, momentum=0.6, grad_scale=1.0):
                 gradient best, and rare directions are learned as fast as common ones.
                 BatchNorm takes out the scale of a filter, so that a step of one length counts less, the longer the
                 filter has grown. The norm is therefore held at that of an orthogonal matrix, sqrt(O) for O columns, and
-                lr is the share of a filter that a step replaces. No weight decay is needed.
+                lr is the share of a filter that a step replaces (less for a shortcut's, which has fewer rows than
+                columns). No weight decay is needed.
 
     Shapes      weights, grads, velocities: lists of (kh, kw, C, O); velocities start at 0
     Source      Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the norm as in Jordan's
@@ -551,7 +552,7 @@ def muon_update(weights, grads, velocities, lr, momentum=0.6, grad_scale=1.0):
         velocity *= momentum
         velocity += grad_scale * grad
         direction = orthogonalize((grad_scale * grad + momentum * velocity).reshape(-1, O))
-        weight *= O**0.5 / norm(weight)
+        weight *= O**0.5 / (norm(weight) + 1e-30)  # one of zeros stays so here
         weight -= lr * direction.reshape(weight.shape)
 
 

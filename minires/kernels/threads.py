@@ -24,8 +24,8 @@ import threading
 
 import numpy as np
 
-# How large the pieces are, found by trying, on processors with 1 and with 2 MB of cache a core (examples/RESULTS.md).
-# They decide in which order sums are added.
+# How large the pieces are, found by trying on AMD; on Intel nothing was better (examples/RESULTS.md). They decide in
+# which order sums are added.
 BLOCK = 2**19  # numbers in a piece for elementwise work: with smaller ones, threads wait for Python's lock too often
 SMALLEST_BLOCK = 2**18  # a piece is an eighth of all if that is less than BLOCK, for more threads; but not below this
 GROUPS = 16  # sums that are kept apart: as many threads can share the work, and no more
@@ -82,7 +82,7 @@ def usable_cores(cgroup="/sys/fs/cgroup"):
             quota, period = " ".join(pathlib.Path(cgroup, file).read_text() for file in files).split()
             if int(quota) > 0:  # "max", or -1 in version 1: no limit
                 cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(cores, 1)
+    return cores
 
 
 def run(work, tasks):
@@ -182,9 +182,9 @@ def one_blas_thread():
     get, put = _blas_threads()
     with _calls:
         before, outer = get(), _blas_before
-        _blas_before = outer or before
-        put(1)
         try:
+            _blas_before = outer or before
+            put(1)
             yield
         finally:
             put(before)

@@ -60,7 +60,7 @@ Limits      It adds and subtracts again: relative to float64, forward and dx com
             off at the four stages of the default network, by im2col 1.6e-7 to 3.7e-7; dweight 2.2e-6 to 0.9e-6, by
             im2col 3.7e-7 to 1.4e-7 (norms, normal numbers, 5 images). A tile shares the rounding of its largest number;
             where it holds an infinity or NaN, all of the tile is NaN. Tiles of 2x2 outputs would lose fewer digits and
-            save half as much; the network has no use for them
+            take 4 multiplications an output in place of 2.25; the network has no use for them
 Source      Lavin and Gray 2016, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308, 2015), section
             4, whose matrices for F(4x4, 3x3) these are: INPUT is B^T, WEIGHT is G, OUTPUT is A^T
 """
@@ -241,7 +241,7 @@ def share_out(transform, images, H, W):
 def scratch_matrices(name, rows, columns):
     """Return scratch memory for 36 matrices, one for each position in a tile.
 
-    Each has a row too many. Without it they would begin a power of two apart, which a cache maps to one line.
+    Each has a row too many. Without it they would begin a power of two apart, which a cache maps to the same few lines.
 
     Shapes      ->  (36, rows, columns)
     """
