@@ -4,7 +4,7 @@
     python examples/train_cifar.py --data DIR                                    the whole data set, on CPU or GPU
     python examples/train_cifar.py --resume runs/my-run                          resume a run that was stopped
     python examples/train_cifar.py --recipe hour                                 better in an hour on two CPU cores
-    python examples/train_cifar.py --recipe fast                                 the same in 30 epochs; best takes 200
+    python examples/train_cifar.py --recipe fast                                 for a GPU, 30 epochs; best takes 200
     mpiexec -n 4 python examples/train_cifar.py                                  four processes, see DISTRIBUTED.md
 
 The defaults are the recipe of the report "Residual Network Design": Adam at 0.001, batches of 128, 20 epochs, four
@@ -272,7 +272,8 @@ def main():
     args, given = parse_arguments()
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # a loss that is not finite ends the run with more grace
     try:
-        with Run(args.resume or args.out, resume=args.resume is not None, resume_flag="--resume", ranks=ranks) as run:
+        flags = {"folder_flag": "--out", "resume_flag": "--resume"}
+        with Run(args.resume or args.out, resume=args.resume is not None, **flags, ranks=ranks) as run:
             if run.resumed:
                 args = resumed_arguments(args, given, run.settings)
             if run.finished:

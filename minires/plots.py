@@ -16,13 +16,12 @@ def plot_curves(history, path):
                 those of validation None where there was none; path: where the picture goes, in the format of its ending
     """
     figure = figure_class()(figsize=(9, 3.5), layout="constrained")
-    epochs = [row["epoch"] for row in history]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part, label, color in (("train", "training", "tab:blue"), ("validation", "validation", "tab:orange")):
-            values = [row[f"{part}_{quantity}"] for row in history]
-            if None in values:
-                continue
-            axes.plot(epochs, values, "o-", ms=3, color=color, label=label)
+            points = [(row["epoch"], row[f"{part}_{quantity}"]) for row in history]
+            points = [point for point in points if point[1] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", ms=3, color=color, label=label)
         axes.set(xlabel="epoch", title=quantity)
         axes.grid(alpha=0.3)
         axes.legend()

@@ -29,7 +29,7 @@ def batches(seed=0):
     return files
 
 
-def pickle_of(content, data=None, labels=None):
+def pickle_of(content):
     """Write a batch as the Python 2 of 2009 did, opcode by opcode."""
 
     def text(value):
@@ -37,7 +37,7 @@ def pickle_of(content, data=None, labels=None):
 
     records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     count = len(records)
-    labels = [b"K" + bytes([label]) for label in records[:, 0]] if labels is None else labels
+    labels = [b"K" + bytes([label]) for label in records[:, 0]]
     pixels = records[:, 1:].tobytes()
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87R(K\x01"
@@ -49,26 +49,23 @@ def pickle_of(content, data=None, labels=None):
         b"\x80\x02}q\x01("
         + (text(b"batch_label") + b"q\x02" + text(b"training batch 1 of 5") + b"q\x03")
         + (text(b"labels") + b"q\x04]q\x05(" + b"".join(labels) + b"e")
-        + (text(b"data") + b"q\x06" + (array if data is None else data))
+        + (text(b"data") + b"q\x06" + array)
         + (text(b"filenames") + b"]r\x00\x01\x00\x00(" + text(b"camion_s_000148.png") + b"q\x0ah\x0ae")
         + b"u."
     )
 
 
 def tar_gz(files, folder="cifar-10-batches-bin"):
-    """Pack files by name; a value may also be a TarInfo, for what is no file. The same files, the same bytes."""
+    """Pack files by name. The same files, the same bytes."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         directory = tarfile.TarInfo(folder)
         directory.type = tarfile.DIRTYPE
         tar.addfile(directory)
         for name, content in files.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-            else:
-                info = tarfile.TarInfo(f"{folder}/{name}" if folder else name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
     return gzip.compress(packed.getvalue(), 1, mtime=0)
 
 
@@ -103,7 +100,7 @@ def memory_below(limit):
 
 
 def mutations(content, count, seed=0):
-    """Yield `count` versions of some bytes, each each with one to three random faults and none the original."""
+    """Yield `count` versions of some bytes, each with one to three random faults and none the original."""
     rng = np.random.default_rng(seed)
     telling = [b"\0", b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x0a", b"7" * 11, b"(", b"r", b"T"]
     while count:

@@ -104,15 +104,6 @@ def test_metadata_that_are_no_object_are_refused(tmp_path, text, message):
         load_model(path)
 
 
-def test_numbers_that_numpy_does_not_know_are_named(tmp_path):
-    torch = pytest.importorskip("torch")
-    safetensors_torch = pytest.importorskip("safetensors.torch")
-    path = tmp_path / "bfloat16.safetensors"
-    safetensors_torch.save_file({"linear.weight": torch.zeros(3, dtype=torch.bfloat16)}, path)
-    with pytest.raises(CheckpointError, match=r"numbers that NumPy cannot read.*save it in float32"):
-        load_model(path)
-
-
 @pytest.mark.parametrize("shortcut", [True, False])
 def test_a_network_of_one_stage_comes_back_with_or_without_shortcuts(tmp_path, rng, shortcut):
     model = ResNet((2,), (4,), shortcut=shortcut).eval()

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -330,10 +331,11 @@ def mutated(data, rng):
                 8, "little"
             )
         else:  # one number in the header becomes another
-            digits = [p for p in range(8, len(data)) if chr(data[p]).isdigit()]
-            if digits:
-                data[int(rng.choice(digits)) :][:1] = b""
-                data[int(rng.choice(digits)) : int(rng.choice(digits)) + 1] = str(rng.integers(10**9)).encode()
+            header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+            numbers = [number.span() for number in re.finditer(rb"[0-9]+", header)]
+            if numbers:
+                start, end = numbers[rng.integers(len(numbers))]
+                data[8 + start : 8 + end] = str(rng.integers(10**9)).encode()
         data = data or bytearray(b"x")
     return bytes(data)
 

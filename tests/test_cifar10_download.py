@@ -1,5 +1,6 @@
 """Downloads: whatever a server does, the file comes right or one line says why not. No test leaves this machine."""
 
+import errno
 import hashlib
 import io
 import re
@@ -241,6 +242,16 @@ def test_a_lock_waits_for_the_one_inside(tmp_path, capsys):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(download, "_take", refuse)
+    with lock(tmp_path / "lock"):
+        (tmp_path / "inside").touch()
+    assert (tmp_path / "inside").exists()
 
 
 def test_a_lock_on_windows(tmp_path, monkeypatch, capsys):

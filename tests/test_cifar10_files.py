@@ -671,7 +671,7 @@ def start(folder, url):
     )
 
 
-def test_two_processes_at_once_leave_one_good_copy(tmp_path):
+def test_three_processes_at_once_leave_one_good_copy(tmp_path):
     with Server(PACKED, [good]) as server:
         processes = [start(tmp_path, server.url) for _ in range(3)]
         ends = [process.communicate(timeout=60) for process in processes]

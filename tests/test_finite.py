@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minires import Linear, ReLU, ResNet, Sequential, SoftmaxCrossEntropy
-from minires.training.finite import all_finite, first_not_finite
+from minires.training.finite import all_finite, find_not_finite
 
 
 def training_pass(model, x):
@@ -41,7 +41,7 @@ def test_a_nan_in_the_weights_of_a_layer_is_reported_with_its_name(layer, rng):
     weight.reshape(-1)[weight.size // 2] = np.nan
     x = rng.standard_normal((2, 8, 8, 3)).astype(np.float32)
     passes = training_pass(model, x)
-    assert first_not_finite(model, passes) == f"the output of {layer}, whose weights are not finite"
+    assert find_not_finite(model, passes)[1] == f"the output of {layer}, whose weights are not finite"
 
 
 @pytest.mark.parametrize("layer", ["linear", "layer2.0.conv2", "layer1.0.bn1", "conv1"])
@@ -57,7 +57,7 @@ def test_a_gradient_is_reported_where_it_begins(layer, rng):
 
     part.backward = overflowing
     passes = training_pass(model, rng.standard_normal((2, 8, 8, 3)).astype(np.float32))
-    assert first_not_finite(model, passes) == f"the gradient of {layer}"
+    assert find_not_finite(model, passes)[1] == f"the gradient of {layer}"
     assert part.backward is overflowing
 
 
@@ -65,12 +65,12 @@ def test_nothing_is_found_where_all_is_finite_and_the_model_stays_as_it_was(rng)
     model = Sequential(Linear(3, 4, rng=rng), ReLU())
     passes = training_pass(model, rng.standard_normal((2, 3)).astype(np.float32))
     before = [dict(vars(module)) for module in model.modules()]
-    assert first_not_finite(model, passes) is None
+    assert find_not_finite(model, passes)[1] is None
     assert [set(vars(module)) - {"_cache"} for module in model.modules()] == [set(b) - {"_cache"} for b in before]
 
 
 def test_the_model_stays_as_it_was_when_the_pass_fails(rng):
     model = Linear(3, 4, rng=rng)
     with pytest.raises(ValueError, match="Linear expects"):
-        first_not_finite(model, lambda: model(np.zeros((2, 2), np.float32)))
+        find_not_finite(model, lambda: model(np.zeros((2, 2), np.float32)))
     assert "forward" not in vars(model)

@@ -26,6 +26,16 @@ def test_curves_and_images_become_png_files(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_measured_in_some_epochs_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, *points, **options: drawn.append(points[:2]))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes: None)
+    row = {"train_loss": 2.0, "train_accuracy": 0.5}
+    rows = [row | {"epoch": e, "validation_loss": v, "validation_accuracy": v} for e, v in ((1, None), (2, 1))]
+    plot_curves(rows, tmp_path / "curves.png")
+    assert drawn == [((1, 2), (2.0, 2.0)), ((2,), (1,)), ((1, 2), (0.5, 0.5)), ((2,), (1,))]
+
+
 @pytest.mark.parametrize("loss", [1.0, float("nan"), float("inf")])
 def test_curves_of_one_epoch(tmp_path, loss):
     row = {"epoch": 1, "train_loss": loss, "validation_loss": loss, "train_accuracy": 0.5, "validation_accuracy": 0.5}

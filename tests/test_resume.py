@@ -17,6 +17,8 @@ import warnings
 
 import numpy as np
 import pytest
+import train_cifar
+from test_examples import start as start_script
 
 from minires import ResNet, evaluation, kernels
 from minires.training import CheckpointError, Interrupted, Run, UsageError, load_model, output, storage
@@ -25,9 +27,6 @@ from minires.training.folder import check_space, locked, new_folder
 from minires.training.script import explain
 from minires.training.signals import interrupts
 from minires.training.weights import save_weights
-
-train_cifar = pytest.importorskip("train_cifar")
-from test_examples import start as start_script  # noqa: E402  (what examples need may be missing)
 
 SCRIPT = pathlib.Path(train_cifar.__file__)
 EPOCHS, STEPS = 2, 3  # of a run, and of each epoch
@@ -534,7 +533,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(tmp_path):
             ["--data", ""],
             {},
             2,
-            "--data: expected sample or a folder, got an empty name; without --data the default is",
+            "--data: expected sample or a folder, got an empty name; leave --data out for the default",
         ),
     ],
 )
@@ -562,8 +561,6 @@ def test_mistakes_end_with_one_line(flags, environment, code, line):
     ],
 )
 def test_errors_become_an_exit_code_and_a_line(error, code, line):
-    import re
-
     assert explain(error)[0] == code
     assert re.match(line, explain(error)[1])
 
@@ -644,6 +641,7 @@ def test_a_disk_without_room_for_a_run_is_told_before_it_begins(begin, tmp_path,
         begin()
     message = str(caught.value)
     assert message.startswith(f"the disk of {tmp_path / 'run'} has 0 MB free, and the run needs 1 MB: make room, or ")
+    assert message.endswith(" on another disk by --out")
     assert not (tmp_path / "run").exists()
 
 
@@ -683,11 +681,13 @@ def test_folders_that_cannot_be_written_to_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("minires.training.folder.pathlib.Path.mkdir", refuse)
-        with pytest.raises(UsageError, match=r"/runs/.* cannot be made: Permission denied; name a folder by"):
+        with pytest.raises(UsageError, match=r"/runs/.* cannot be made: Permission denied; name a folder$"):
             new_folder(None)
     (tmp_path / "runs").write_text("no folder")
     with pytest.raises(UsageError, match=r"/runs/.* cannot be made: .*; name a folder by --out"):
-        new_folder(None)
+        new_folder(None, "--out")
+    with pytest.raises(UsageError, match=r"^the run folder .*: name another, nothing is overwritten$"):
+        new_folder(tmp_path)  # as a program without such options is told
 
 
 def test_a_relative_data_folder_is_kept_as_an_absolute_one(monkeypatch, tmp_path):
@@ -745,8 +745,6 @@ def test_settings_that_cannot_be_are_refused(stopped, go_on, name, value, messag
     (stopped / "config.json").write_text(json.dumps(config | {name: value}))
     with pytest.raises(UsageError) as caught:
         go_on()
-    import re
-
     assert re.search(message, str(caught.value))
     assert str(caught.value).startswith(f"the settings of the run in {stopped} are damaged (")
     assert str(caught.value).endswith("): start the run anew elsewhere")
@@ -887,12 +885,12 @@ def test_a_home_folder_that_is_unknown_makes_no_folder_of_that_name(text, capsys
     assert f"there is no home folder for {text}: name it, or write ./{text}" in capsys.readouterr().err
 
 
-def test_a_folder_with_a_space_is_quoted_where_it_can_be_resumed(tmp_path):
+def test_a_folder_with_a_space_is_quoted_where_it_can_be_resumed(train, tmp_path):
     folder = tmp_path / "my run"
     folder.mkdir()
     (folder / "a").touch()
     with pytest.raises(UsageError, match=re.escape(f"(--resume '{folder}' resumes a run)")):
-        new_folder(folder)
+        train(*FLAGS.split(), "--out", folder)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -134,6 +135,48 @@ def test_another_number_of_batches_than_was_said_is_named(tmp_path, count, got):
     images = np.concatenate([IMAGES, IMAGES])
     with pytest.raises(ValueError, match=f"expected 3 batches in an epoch, {got}"):
         train(tmp_path, batches=lambda epoch: [(images[:4], LABELS[:4])] * count)
+
+
+def test_an_epoch_that_is_left_before_its_end_is_an_error(tmp_path):
+    model = network()
+    with Run(tmp_path) as run:
+        run.track(model, Adam(model.parameters(), lr=0.01), epochs=EPOCHS, steps_per_epoch=STEPS)
+        epochs = run.epochs()
+        for _ in run.steps(batches(next(epochs))):
+            if run.step == 1:
+                break
+        with pytest.raises(RuntimeError, match=r"epoch 1 was left after 1 of 3 steps: let the loop over Run\.steps"):
+            next(epochs)
+
+
+def test_a_checkpoint_between_the_first_validation_and_the_end_of_its_epoch_can_be_resumed(tmp_path, monkeypatch):
+    train(tmp_path / "whole")
+    validate = Run.validate
+
+    def stopped_after(run, measure):
+        validate(run, measure)
+        run.save()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "validate", stopped_after)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run")
+    train(tmp_path / "run")
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_loss_that_is_a_number_is_checked_like_an_array(tmp_path):
+    model = network()
+    with Run(tmp_path) as run:
+        run.track(model, Adam(model.parameters(), lr=0.01), epochs=EPOCHS, steps_per_epoch=STEPS)
+        for images, _ in itertools.chain.from_iterable(run.steps(batches(epoch)) for epoch in run.epochs()):
+            model(images)
+            run.check(0.5)
+            with pytest.raises(FloatingPointError, match="the loss is nan"):
+                run.check(float("nan"))
+            break
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

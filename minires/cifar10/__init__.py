@@ -54,8 +54,8 @@ def load(directory=None, or_download=False):
     if not directory and not place:
         if not or_download:
             raise DataError(
-                f"no CIFAR-10 in {folder}. Three ways out: python -m minires.cifar10 download brings it there, --data "
-                "DIR (or MINIRES_DATA) names the folder that has it, and --data sample takes the built-in sample"
+                f"no CIFAR-10 in {folder}. Three ways out: python -m minires.cifar10 download brings it there, "
+                "load(DIR) (or MINIRES_DATA) names the folder that has it, and load_sample() takes the built-in sample"
             )
         place = files.download(folder)
     return _dataset(files.read(place or folder, files.OFFICIAL))

@@ -1,6 +1,6 @@
 """The data set on the command line.
 
-python -m minires.cifar10 download [DIR]     bring the files into DIR, by default ~/.cache/minires
+python -m minires.cifar10 download [DIR]     bring the files into DIR, by default $MINIRES_DATA or ~/.cache/minires
 python -m minires.cifar10 verify [DIR]       tell whether the files there are right, byte for byte
 """
 

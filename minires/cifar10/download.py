@@ -145,6 +145,8 @@ def lock(path):
                 if attempt == 0:
                     note(f"another process is at work in {path.parent}; waiting for it")
                 time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
         yield
 
 

@@ -18,6 +18,7 @@ import shutil
 import stat
 import tarfile
 import urllib.parse
+import warnings
 
 import numpy as np
 
@@ -236,7 +237,8 @@ def read_archive(path):
     if hashlib.sha256(packed).hexdigest() != sha256:
         raise DataError(f"{path} is damaged, its SHA-256 is wrong: get it again, or delete it")
     contents = {}
-    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NumPy 2.4.0 to 2.4.4, about how Python 2 has pickled a dtype
         for member in tar:
             name = pathlib.PurePosixPath(member.name).name
             if name in OFFICIAL:

@@ -13,7 +13,7 @@ def data_folder(text):
     """Return "sample", or the absolute path of a folder, which is right wherever a run is resumed from."""
     if not text:
         raise argparse.ArgumentTypeError(
-            "expected sample or a folder, got an empty name; without --data the default is"
+            "expected sample or a folder, got an empty name; leave --data out for the default"
         )
     return text if text == "sample" else str(folder(text).absolute())
 

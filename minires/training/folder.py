@@ -35,8 +35,14 @@ class UsageError(ValueError):
     """What was asked for cannot be done; the message says why, and what can."""
 
 
-def new_folder(out):
-    """Make the run folder, a new one or an empty one: runs/ and the time unless a name is given."""
+def new_folder(out, folder_flag=None, resume_flag=None):
+    """Make the run folder, a new one or an empty one: runs/ and the time unless a name is given.
+
+    Args        folder_flag, resume_flag: the program's options for such a folder and for one to resume, if it has them
+    Raises      UsageError for a folder that cannot be made or written to, or is not empty
+    """
+    named = f"{folder_flag or 'the run folder'} {out}"
+    by_flag = f" by {folder_flag}" if folder_flag else ""
     if out:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -44,17 +50,15 @@ def new_folder(out):
         except FileExistsError:
             taken = True
         except OSError as error:
-            raise UsageError(f"--out {out} cannot be made: {error.strerror}; name another folder") from error
+            raise UsageError(f"{named} cannot be made: {error.strerror}; name another folder") from error
         if taken:
-            raise UsageError(
-                f"--out {out} exists and is not an empty folder: name another, nothing is overwritten "
-                f"(--resume {command_line([out])} resumes a run)"
-            )
+            resume = f" ({resume_flag} {command_line([out])} resumes a run)" if resume_flag else ""
+            raise UsageError(f"{named} exists and is not an empty folder: name another, nothing is overwritten{resume}")
         try:
             with tempfile.TemporaryFile(dir=out):  # the rights alone do not tell: the disk may be there to be read only
                 return out
         except OSError as error:
-            raise UsageError(f"--out {out} cannot be written to: {error.strerror}; name another folder") from error
+            raise UsageError(f"{named} cannot be written to: {error.strerror}; name another folder") from error
     now = time.strftime("%Y%m%d-%H%M%S")
     for ending in itertools.chain([""], map("-{}".format, itertools.count(2))):
         out = pathlib.Path("runs", now + ending)
@@ -64,13 +68,13 @@ def new_folder(out):
         except FileExistsError as error:
             if not out.exists():  # "runs" is a file
                 raise UsageError(
-                    f"{out.absolute()} cannot be made: {error.strerror}; name a folder by --out"
+                    f"{out.absolute()} cannot be made: {error.strerror}; name a folder{by_flag}"
                 ) from error
         except OSError as error:
-            raise UsageError(f"{out.absolute()} cannot be made: {error.strerror}; name a folder by --out") from error
+            raise UsageError(f"{out.absolute()} cannot be made: {error.strerror}; name a folder{by_flag}") from error
 
 
-def check_space(folder, checkpoint, weights):
+def check_space(folder, checkpoint, weights, folder_flag=None):
     """Make sure that the disk has room for a run before it begins.
 
     Three checkpoints are there while one is written: the new one, the one it follows, and the one before.
@@ -82,12 +86,15 @@ def check_space(folder, checkpoint, weights):
     written = [folder / name for name in (CHECKPOINT, PREVIOUS, WEIGHTS)]  # by a run that is resumed
     present = sum(path.stat().st_size for path in written if os.path.exists(path))
     needed = max(checkpoint, 3 * checkpoint + weights - present) + SMALL_FILES
-    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if os.path.exists(path)))
+    place = next((path for path in (folder, *folder.parents) if os.path.exists(path)), None)
+    if place is None:  # a drive that is not there: `new_folder` says so
+        return
+    disk = shutil.disk_usage(place)
     free = disk.free
     if disk.total and free < needed:  # a disk of 0 bytes is a file system that does not tell
         raise UsageError(
             f"the disk of {folder} has {free / 1e6:,.0f} MB free, and the run needs {needed / 1e6:,.0f} MB: "
-            "make room, or begin a run on another disk by --out"
+            f"make room, or begin a run on another disk{f' by {folder_flag}' if folder_flag else ''}"
         )
 
 

@@ -18,7 +18,10 @@ class NCCL:
             nccl = importlib.import_module(f"{cupy.__name__}.cuda.nccl")
             identity = ranks.first(nccl.get_unique_id)
         except (ImportError, AttributeError) as error:  # AttributeError: CuPy's own stand-in for what is missing
-            raise UsageError(f'to train on several GPUs takes NCCL ({error}): pip install -e ".[nccl]"') from error
+            raise UsageError(
+                f'to train on several GPUs takes NCCL ({error}): pip install -e ".[nccl]" (beside the extra cuda12: '
+                "nvidia-nccl-cu12)"
+            ) from error
         device = cupy.cuda.Device()
         gpus = ranks.gather((ranks.mpi.Get_processor_name(), device.pci_bus_id))
         if gpus.count(gpus[ranks.rank]) > 1:

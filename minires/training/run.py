@@ -86,20 +86,20 @@ class Run:
     Args        folder: where the run leaves what it makes; None for a new one, runs/ and the time
                 resume: True resumes the run in the folder, False begins one in a new or empty folder, None does the one
                 or the other, whichever fits the folder
-                resume_flag: the option by which this program is told the folder of a run to resume, for the command
-                that an interrupted run prints; None if the same command resumes it
+                folder_flag, resume_flag: the options by which this program is told a folder for a new run and that of
+                a run to resume, for what is printed; None if it has no such option, and the same command resumes a run
                 ranks: the processes that train together, by default this one alone
     Has         folder; resumed; settings, from config.json; step and epoch: the current ones, and total_steps;
                 history: a row for each epoch that has ended, as in log.csv
     Raises      UsageError for a folder that cannot be used; CheckpointError if no checkpoint in it can be
     """
 
-    def __init__(self, folder=None, resume=None, *, resume_flag=None, ranks=None):
+    def __init__(self, folder=None, resume=None, *, folder_flag=None, resume_flag=None, ranks=None):
         self.ranks = ranks or OneProcess()
         self.folder = None if folder is None else pathlib.Path(folder)
         if resume is None:
             resume = folder is not None and self.ranks.first(os.path.exists, self.folder / SETTINGS)
-        self.resumed, self.resume_flag = resume, resume_flag
+        self.resumed, self.folder_flag, self.resume_flag = resume, folder_flag, resume_flag
         self.settings, self.history, self.best = {}, [], {}
         self.step = self.seen = 0  # steps done in the run, images seen in the epoch
         self._checkpoint, self._signals = None, []
@@ -165,7 +165,7 @@ class Run:
         self.check_every = check_every or STEPS_BETWEEN_READINGS[device]
         weights = sum(array.nbytes for array in model.state_dict().values())  # a checkpoint has those of the best epoch
         state = sum(array.nbytes for array in training_state(model, optimizer, average).values())
-        self.ranks.first(check_space, self.folder or pathlib.Path("runs"), state + weights, weights)
+        self.ranks.first(check_space, self.folder or pathlib.Path("runs"), state + weights, weights, self.folder_flag)
 
         settings = json.loads(to_json(settings or {}))  # as it comes back: with lists in place of tuples
         if self.resumed:
@@ -187,20 +187,29 @@ class Run:
         self._first = self.step + 1
 
     def _begin(self, settings):
-        folder = new_folder(self.folder)
+        folder = new_folder(self.folder, self.folder_flag, self.resume_flag)
         self._held.enter_context(locked(folder))
         settings |= {"out": str(folder)} | versions() | {"started": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(folder / SETTINGS, settings)
         return folder, settings
 
     def epochs(self):
-        """Yield the number of each epoch that is left; what follows an epoch is done when the loop comes back."""
+        """Yield the number of each epoch that is left; what follows an epoch is done when the loop comes back.
+
+        Raises      RuntimeError where the loop over an epoch's steps was left before its end
+        """
         if self.resumed:
             say(f"resuming after step {self.step} of {self.total_steps}", self._signals)
         epochs_before = len(self.history)
         while len(self.history) < self.num_epochs:
             self.epoch = len(self.history) + 1
             yield self.epoch
+            steps = self.step - (self.epoch - 1) * self.steps_per_epoch
+            if steps != self.steps_per_epoch:
+                raise RuntimeError(
+                    f"Run.epochs: epoch {self.epoch} was left after {steps} of {self.steps_per_epoch} steps: let the "
+                    "loop over Run.steps come to its end"
+                )
             self._end_epoch(first=len(self.history) == epochs_before)
         self._save_unsaved()
         self._draw_curves()
@@ -253,7 +262,10 @@ class Run:
                     layer; without it only the forward pass is searched
         Raises      FloatingPointError that names the step, the first layer, and the checkpoint that is left
         """
-        if not self._is_read(self.step + 1) or all_finite([loss, self.optimizer.flat.grad]):
+        if not self._is_read(self.step + 1):
+            return
+        loss = array_module(self.sums).asarray(loss)  # it may be a plain number
+        if all_finite([loss, self.optimizer.flat.grad]):
             return
         for part in self.model.modules():
             if isinstance(part, Dropout) and part.p:
@@ -265,7 +277,7 @@ class Run:
         raise self._not_finite(f"{what}: the first number that is not finite is in {where}{seldom}", self.step + 1)
 
     def validate(self, measure):
-        """Measure the model, for the epoch's row, and keep its weights if no epoch had a lower loss.
+        """Measure the model, for the epoch's row, and keep its weights if no epoch before had as low a loss.
 
         Args        measure: a function without arguments that returns the loss and the accuracy
         Raises      FloatingPointError for a loss that is not finite
@@ -280,7 +292,10 @@ class Run:
             self.keep_weights()
 
     def keep_weights(self):
-        """Keep the model's weights as they are now. Without validation, those after the last epoch are kept anyway."""
+        """Keep the model's weights as they are now.
+
+        Without validation, call it in the last epoch, or never: then those after the last epoch are kept.
+        """
         self.best = self.model.state_dict()
         self.ranks.first(save_weights, self.folder / WEIGHTS, self.model, self._row)
 
@@ -340,7 +355,7 @@ class Run:
         self.optimizer.lr = position.get("lr", self.optimizer.lr)
         self._started -= position["seconds"]
         self._epoch_started -= position["epoch_seconds"]
-        if self.best:
+        if self.best and self.history:  # else the first epoch's validation is done again
             metadata = best_row_of(self.history) | metadata_of(self.model)
             self.ranks.first(write_state, self.folder / WEIGHTS, self.best, metadata)
         self._write_log()

@@ -12,7 +12,7 @@ from minires import cifar10, kernels
 from minires.backend import GPUError
 from minires.console import command_line, note
 from minires.training.distributed import OneProcess, RanksDifferError
-from minires.training.folder import SETTINGS, UsageError
+from minires.training.folder import RESULT, SETTINGS, UsageError
 from minires.training.launch import leave
 from minires.training.output import BROKEN_PIPE, drop_output, output_works
 from minires.training.storage import CheckpointError
@@ -35,7 +35,7 @@ def explain(error):
             return 1, f"standard output: {line}" if to_output else line
         line = f"{error.filename}: {line}"
         folder = pathlib.Path(os.fsdecode(error.filename)).absolute().parent
-        if not os.path.exists(folder / SETTINGS):
+        if not os.path.exists(folder / SETTINGS) or os.path.exists(folder / RESULT):  # no run, or one that has ended
             return 1, line
         line += "; what was there before is unharmed. Once the cause is mended, resume the run by"
         return 1, f"{line} --resume {command_line([str(folder)])}"

@@ -73,7 +73,9 @@ def pack(arrays, metadata):
     arrays = {name: native(array) for name, array in arrays.items()}
     content = safetensors.numpy.save(arrays, {"minires": text, "sha256": _checksum(arrays, text)})
     if int.from_bytes(content[:8], "little") > HEADER_LIMIT:  # `read_arrays` would refuse it
-        raise ValueError(f"the header of a file can have {HEADER_LIMIT:,} bytes, got metadata of {len(text):,}")
+        raise ValueError(
+            f"the header of a file can have {HEADER_LIMIT:,} bytes, got metadata of {len(text):,}: keep less there"
+        )
     return content
 
 
