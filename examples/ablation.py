@@ -123,7 +123,7 @@ def main():
         if not os.path.exists(folder_of(args, variant, seed) / RESULT):
             print(f"run {i} of {len(runs)}: {variant}, seed {seed}", flush=True)
             code = train(args, variant, seed)
-            if code > 1:
+            if code > 1 or (code and not os.path.exists(folder_of(args, variant, seed) / SETTINGS)):  # it never began
                 return code
             if code == 1:  # a loss that is not finite says something about the variant: the others go on
                 note(f"{variant}, seed {seed}, did not end well, and is left out of the table")

@@ -22,7 +22,11 @@ def main():
         "--image", type=at_least(0, below=1000), default=256, metavar="N", help="of the sample's training images"
     )
     parser.add_argument(
-        "--strength", type=at_least(0, below=31), default=15, metavar="N", help="of TrivialAugment's, from 0 to 30"
+        "--strength",
+        type=at_least(0, below=31),
+        default=15,
+        metavar="N",
+        help="of TrivialAugment's operations, from 0 to 30; default 15",
     )
     parser.add_argument("--out", type=folder, default="augmentations.png", metavar="FILE")
     parser.add_argument("--debug", action="store_true", help="errors with a traceback")

@@ -7,10 +7,10 @@
     python examples/benchmark.py --device gpu           training steps on a GPU, in three precisions and batch sizes
     python examples/benchmark.py --device gpu --layers  the milliseconds of each kernel there
 
-Each contestant lives in a process of its own and takes turns with the others: a few training steps each, then a few
-batches of evaluation each, round after round. A machine that slows down slows all of them, so it is the ratios within a
-round that count. The network, the batch and the optimizer (Adam) are the same, in float32, with as many threads as
-the process may use cores. PyTorch runs channels-last, which is its faster layout here.
+Each contestant lives in a process of its own and takes turns with the others, round after round: a few training steps
+each, and when these rounds are over, a few batches of evaluation each. A machine that slows down slows all of them, so
+it is the ratios within a round that count. The network, the batch and the optimizer (Adam) are the same, in float32,
+with as many threads as the process may use cores. PyTorch runs channels-last, which is its faster layout here.
 
 Peak memory is that of the whole process after training, interpreter and libraries included.
 """

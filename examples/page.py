@@ -114,7 +114,7 @@ def chart(title, lines, kept):
 
 def ticks_of(low, high):
     """Return round numbers, equally far apart and at most six, of which the outermost enclose low and high."""
-    if low == high:
+    if high - low <= 1e-5 * max(abs(low), abs(high)):  # the digits of a tick would not tell them apart
         low, high = min(low, 0), max(high, 0) or 1
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(factor * power for factor in (1, 2, 5, 10, 20) if high - low <= 4 * factor * power)

@@ -90,7 +90,7 @@ def read_image(path, crop="centre"):
     except ModuleNotFoundError:
         raise cifar10.DataError('reading pictures needs Pillow: pip install -e ".[plot]"') from None
     PngImagePlugin.MAX_TEXT_CHUNK = LARGEST_CHUNK
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike Path.is_dir, is False for what may not be looked at
         raise PictureError(f"{path} is a folder: name the pictures in it")
     try:
         with quiet(), Image.open(path) as image:

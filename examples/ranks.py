@@ -78,8 +78,9 @@ class Training:
 
 
 def watched(ranks):
-    """Let the sums of `ranks` leave events: "wait" for those of BatchNorm and the loss, and for the gradients' last;
-    "gradients" from the start of a bucket's sum to when it is seen to be done, which is not hidden in itself.
+    """Let the sums of `ranks` leave events: "wait" for those of BatchNorm and the loss; "call" for the time that it
+    takes to begin a sum of gradients and to let MPI go on with it; "last" for the wait at the end of backward;
+    "gradients" from the start of a bucket's sum to when it is seen to be done, hidden or not.
     """
     ranks.events, under_way = [], []
 
@@ -166,7 +167,10 @@ def serve(ranks, address, threads, batch_size):
     question = np.zeros(2, np.int64)
     while True:
         if pipe:
-            question[:] = pipe.recv()
+            try:
+                question[:] = pipe.recv()
+            except (EOFError, OSError):  # who asks has ended
+                question[:] = QUESTIONS.index("stop"), 0
         if ranks:
             request = ranks.world.Ibcast(question)
             while not request.Test():
@@ -225,9 +229,9 @@ def print_exchanges(answers, steps, alone):
     )
 
 
-def trace(ranks, batch_size, path):
+def trace(ranks, batch_size, threads, path):
     """Draw one step: what each process computes, what it waits for, and which gradients are on their way."""
-    training = Training(ranks, batch_size)
+    training = Training(ranks, batch_size, threads)
     training.time(WARMUP)
     spans, model = [], training.model
     leaves = [part for part in model.modules() if not list(part.named_children())]
@@ -302,7 +306,7 @@ def main():
         figure_class()
     except ImportError as error:
         raise UsageError(str(error)) from error
-    return trace(ranks, args.batch_size, args.picture)
+    return trace(ranks, args.batch_size, args.threads, args.picture)
 
 
 if __name__ == "__main__":

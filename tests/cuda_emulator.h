@@ -157,7 +157,7 @@ static void matrices(unsigned (&r)[4], const void* row, bool transposed) {
     wait_for_warp();
 }
 
-// The value at (row, column) of a factor that lies in registers as the PTX ISA says, `per` numbers to a register
+// A number of a register: its lower or upper half, or all of it with 10 bits of the fraction
 static float as_half(unsigned word, unsigned upper) {
     uint16_t bits = word >> 16 * upper;
     half value;
@@ -170,6 +170,7 @@ static float as_tf32(unsigned word, unsigned) {
     memcpy(&value, &word, 4);
     return value;
 }
+// c += a b, with factors that lie in registers as the PTX ISA says, `per` numbers to a register
 static void multiply(float (&c)[4], const unsigned (&a)[4], const unsigned* b, unsigned per,
                      float (*number)(unsigned, unsigned)) {
     const unsigned lane = current % 32, inner = 8 * per;

@@ -9,16 +9,18 @@ import functools
 import hashlib
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
-COMPILER = shutil.which("g++")
+COMPILER = shutil.which("g++") if sys.platform == "linux" else None  # elsewhere <ucontext.h> is missing, or refuses
 OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w")
-if os.uname().machine == "x86_64":
+if platform.machine() == "x86_64":
     OPTIONS += ("-mf16c",)
 
 

@@ -69,9 +69,9 @@ def test_each_bug_fails_its_check_and_the_gradient_check_if_that_is_said_to_find
     assert (said[number][GRADIENT_CHECK] != "ok") == (bug.tool == bugs.GRADIENTS)
 
 
-def test_there_are_twenty_and_most_are_out_of_reach_of_a_gradient_check():
+def test_there_are_twenty_or_more_and_most_are_out_of_reach_of_a_gradient_check():
     assert len(bugs.BUGS) >= 20
-    assert sum(bug.tool != bugs.GRADIENTS for bug in bugs.BUGS) >= 5
+    assert 2 * sum(bug.tool != bugs.GRADIENTS for bug in bugs.BUGS) > len(bugs.BUGS)
     assert {bug.tool for bug in bugs.BUGS} >= {bugs.STEP_0, bugs.GRADIENTS, bugs.OVERFITTING, bugs.CURVES, bugs.FINITE}
 
 

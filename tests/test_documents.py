@@ -4,8 +4,8 @@ import pathlib
 import re
 
 import pytest
+import recipes
 
-recipes = pytest.importorskip("recipes")
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "examples/README.md", "examples/RESULTS.md", "examples/DISTRIBUTED.md"]
 each_document = pytest.mark.parametrize("document", DOCUMENTS)

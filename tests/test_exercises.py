@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import cuda_emulator
 import exercises
 import pytest
 from course import source
@@ -130,7 +131,6 @@ def test_dropout_is_used_whole_or_not_at_all():
 
 
 def test_without_a_compiler_the_cuda_kernel_is_not_checked_and_one_line_says_so(solved, monkeypatch):
-    cuda_emulator = pytest.importorskip("cuda_emulator")
     monkeypatch.setattr(cuda_emulator, "COMPILER", None)
     status, sentence = solved.judge("SGD_CUDA")
     assert status in (RIGHT, NOT_CHECKED)  # right where there is a GPU
@@ -177,6 +177,15 @@ def test_new_overwrites_nothing(tmp_path, command):
     assert path.read_text() == source.whole_file(kind="blank_with_hints")
     with pytest.raises(UsageError, match=r"mine.py is there already, and is left as it is"):
         command("new", path)
+
+
+@pytest.mark.slow
+def test_an_exercise_that_ends_the_process_without_an_error_is_wrong(mine):
+    edit(mine, "relu_forward", "import os\nos._exit(0)")
+    code, out, err = run("check", mine, "relu_forward", "linear_forward")
+    assert (code, err) == (1, "")
+    assert "ended with code 0 in the middle of it" in out
+    assert "0 right, 1 wrong, 1 to do" in out
 
 
 @pytest.mark.slow
@@ -248,6 +257,10 @@ def test_reset_puts_the_blank_back_and_keeps_the_old_text(mine, command):
     mine.write_text(blank.replace(source.piece("SGD_CUDA").blank, ""))
     command("reset", mine, "SGD_CUDA")  # and it was not there
     assert mine.read_text() == blank
+    mine.write_text(f"# a form feed is no new line\f\n{blank}")
+    edit(mine, "relu_forward", "return x")
+    command("reset", mine, "relu_forward")
+    assert mine.read_text() == f"# a form feed is no new line\f\n{blank}"
 
 
 def test_the_list_has_a_line_for_each(mine, command):

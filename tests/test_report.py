@@ -13,7 +13,9 @@ import sys
 import warnings
 
 import numpy as np
+import page
 import pytest
+import report
 
 from minires import ResNet, cifar10
 from minires.evaluation import confusion_matrix, evaluate
@@ -21,8 +23,6 @@ from minires.training import CheckpointError, UsageError, load_model, save_weigh
 from minires.training.folder import LOG, RESULT, SETTINGS, write_json, write_log
 from minires.training.weights import WEIGHTS, logits_of
 
-page = pytest.importorskip("page")
-report = pytest.importorskip("report")
 EXAMPLES = pathlib.Path(report.__file__).parent
 SECTIONS = ["Curves", "Accuracy by class", "Confusion matrix", "Mistakes", "First-layer filters", "Layers", "Result"]
 SETTINGS_OF_A_RUN = {"data": "sample", "recipe": "report", "epochs": 3, "channels": [8, 8], "clip": None, "tta": False}
@@ -190,7 +190,6 @@ def test_what_html_would_read_as_its_own_is_escaped(tmp_path):
     settings = {"<script>": "</dd><script>alert(1)</script>", "recipe": "<u>", "epochs": "<s>"}
     found = written(tmp_path / name, *make_run(tmp_path / name, settings=settings), classes=classes)
     assert {"b", "i", "u", "s", "script"} & {tag for tag, _ in found.elements} == {"b"}
-    assert all("class" in dict(a) or not a for tag, a in found.elements if tag == "b")
     assert f"A run of minires {name} recipe <u>" in found.texts[""]
     assert "of <s>" in found.texts[""]
     assert "<script> </dd><script>alert(1)</script>" in found.texts["settings"]
@@ -294,7 +293,9 @@ def test_a_page_of_a_long_run_is_small(tmp_path):
     assert (tmp_path / "run" / "report.html").stat().st_size < 300_000
 
 
-@pytest.mark.parametrize("values", [[1.0], [0.0], [float("nan"), 2.0], [float("inf")], [1e-5, 1e-5], [1e30, -1e30]])
+@pytest.mark.parametrize(
+    "values", [[1.0], [0.0], [float("nan"), 2.0], [float("inf")], [1e-5, 1e-5], [0.1, 0.1 - 1e-9], [1e30, -1e30]]
+)
 def test_curves_of_one_epoch_and_of_numbers_that_are_not_finite(values):
     drawn = page.chart("loss", {"training": values, "validation": [float("nan")] * len(values)}, 1)
     assert "nan" not in drawn

@@ -138,6 +138,22 @@ def test_a_way_back_that_is_left_out_is_found():
     assert sanity.wrong_scales(scales).startswith("nothing flows back to b:")
 
 
+def test_a_layer_that_is_asked_for_no_dx_is_watched(images_and_labels):
+    class Mine(Module):
+        def __init__(self):
+            self.conv, self.pool, self.linear = Conv2d(3, 4, 3, rng=0), GlobalAvgPool2d(), Linear(4, 10, rng=1)
+
+        def forward(self, x):
+            return self.linear(self.pool(self.conv(x)))
+
+        def backward(self, dout):
+            return self.conv.backward(self.pool.backward(self.linear.backward(dout)), need_dx=False)
+
+    images, labels = images_and_labels
+    _, scales = sanity.train(Mine(), sanity.batches(images, labels, 1), LR, measured=(1,))
+    assert all(scale.gradient > 0 for scale in scales[0])
+
+
 def test_watching_leaves_a_model_as_it_was(images_and_labels):
     images, labels = images_and_labels
     models = Small(), Small()
@@ -207,9 +223,10 @@ def test_an_error_in_it_is_told_with_its_line(mine):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("name", ["mine.py:Nobody", "mine.py:NUMBER", "mine.py", "nobody.py:Mine"])
+@pytest.mark.parametrize("name", ["mine.py:Nobody", "mine.py:NUMBER", "mine.py", "nobody.py:Mine", "mine.txt:Mine"])
 def test_what_is_no_module_is_refused(mine, name, monkeypatch):
     monkeypatch.chdir(mine.parent)
+    mine.with_suffix(".txt").write_text("no Python")
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(UsageError, match="--module"):
         sanity.load_class(name)

@@ -1,7 +1,7 @@
 """What a report's numbers can carry: 14 of 16 images, dropout on the logits, images that are not normalised.
 
     python examples/lessons/audit.py                            the kept runs, and what needs no long training
-    python examples/lessons/audit.py --full --kept mine.csv     makes such runs: 5,000 images, 20 epochs, three seeds
+    python examples/lessons/audit.py --full --kept mine.csv     makes such runs: 5,000 images, 10 or 20 epochs, 3 seeds
 
 The report is "Residual Network Design" by Shamooun, Deshmukh and Alamuru, from which minires's network comes.
 9_report.md says what its text describes and what its script does instead.
@@ -69,9 +69,9 @@ def make_runs(path, seeds):
             rows.append([variant, seed, epoch, f"{loss:.4f}", f"{right.mean():.4f}", right[-16:].sum(), ""])
         rows[-1][-1] = f"{accuracy_in_training_mode(model, data.test_images, data.test_labels):.4f}"
         print(*rows[-1], flush=True)
-        names = [] if path.exists() else [["variant", "seed", "epoch", "loss", "all", "last_16", "training_mode"]]
+        names = ["variant", "seed", "epoch", "loss", "all", "last_16", "training_mode"]
         with open(path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(names + rows)
+            csv.writer(file, lineterminator="\n").writerows(rows if file.tell() else [names, *rows])
 
 
 def accuracy_in_training_mode(model, images, labels, batch_size=128):
@@ -113,7 +113,9 @@ def wilson_interval(right, count):
 
 
 def loss_with_dropout(model, data, masks=20):
-    """The loss of a trained network on the test images: as it is, with dropout on the features, and on the logits."""
+    """The loss of a trained network on the test images: as it is, with dropout on the features, and on the logits; and
+    the logits.
+    """
     features = normalize(data.test_images, cifar10.MEAN, cifar10.STD)
     *layers, _, linear = model.eval().layers()  # the last two are dropout and linear
     for layer in layers:

@@ -28,7 +28,7 @@ from minires.training.script import run_script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 CHECKS = pathlib.Path(__file__).with_name("bug_checks.py")
-NOT_PLANTED = ("tests", "bugs.py", "bug_checks.py", "RESULTS.md")  # what would tell, beside what git ignores
+NOT_PLANTED = ("tests", "bugs.py", "bug_checks.py", "RESULTS.md")  # what would tell
 
 # The tools
 STEP_0 = "the loss at step 0"
@@ -157,8 +157,8 @@ BUGS = [
         file=RESNET,
         old="self.dropout = Dropout(dropout, rng=rng)\n        self.linear = Linear(in_channels, num_classes, rng=rng)",
         new="self.linear = Linear(in_channels, num_classes, rng=rng)\n        self.dropout = Dropout(dropout, rng=rng)",
-        what="Dropout comes after the last layer, and sets half of the logits to 0, the right one among them. The "
-        "script of the report that this network is from does so.",
+        what="Dropout comes after the last layer, and sets half of the logits to 0, in half of all cases the right one "
+        "among them. The script of the report that this network is from does so.",
         how="A loss that training cannot bring down: 0.8 for 32 images, where it should be near 0. The network with "
         "few channels has no dropout, and passes. Count how many logits are exactly 0.",
         tool=OVERFITTING,
@@ -432,7 +432,7 @@ def planted(project, bug):
 
 
 def copy_project(folder, leave_out=()):
-    """Copy this project, without what git ignores, into a folder that does not exist or is empty.
+    """Copy this project into a folder that does not exist or is empty, but no hidden files, runs and bytecode.
 
     Args        leave_out: names of files and folders
     """
@@ -485,7 +485,7 @@ def print_planted(number, bug, folder):
     print(f"bug {number} is planted in {folder}\n\n{bug.symptom}\n")
     if bug.see:
         print(f"To see it:\n    {command_line(['cd', str(folder)])}\n    {command_line([sys.executable])} {bug.see}\n")
-    print("Which line is it? In that folder there are also, with -m as above,")
+    print(f"Which line is it? In that folder {command_line([sys.executable])} also runs")
     print("    -m examples.lessons.sanity, -m examples.gradcheck and -m examples.train_cifar")
     print(f"Whether it is still there:\n    {command_line([*this, 'check', str(number), str(folder)])}")
     print(f"The solution:\n    {command_line([*this, 'solve', str(number)])}")

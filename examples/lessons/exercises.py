@@ -38,6 +38,7 @@ from course.learner import (
 from course.source import hints, piece, whole_file
 from course.training import SECONDS_FOR_A_STEP
 
+from minires.training.arguments import at_least, positive
 from minires.training.folder import UsageError
 from minires.training.script import run_script
 
@@ -64,10 +65,10 @@ def parse_arguments():
         if name == "watch":
             command.add_argument("exercise", nargs="?", help="the one to begin with; without, the first not right yet")
         if name in ("check", "watch", "list"):
-            command.add_argument("--limit", type=float, default=LIMIT, help="seconds for one exercise")
+            command.add_argument("--limit", type=positive, default=LIMIT, help="seconds for one exercise")
         if name == "train":
             command.add_argument("--anyway", action="store_true", help="also take what is written and wrong")
-            command.add_argument("--steps", type=int, default=40)
+            command.add_argument("--steps", type=at_least(1), default=40)
             command.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
     return parser.parse_args()
 
@@ -149,7 +150,7 @@ def watch(args):
             print(progress(results))
             if current := next_of(results):
                 announce(args.file, current)
-    print(f"All {len(COURSE)} are right. `train {args.file}` trains a network with them.")
+    print(f"Nothing is left to do. `train {args.file}` trains a network with what is right.")
     return 0
 
 
@@ -177,7 +178,7 @@ def stamp(path):
 
 
 def place(path, name):
-    lines = read(path).splitlines()
+    lines = read(path).split("\n")
     found = next((i for i, line in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b|{name} = ", line)), None)
     return f"{path}:{found}" if found else f"not in {path}: reset puts its blank back"
 
@@ -192,14 +193,15 @@ def hint(args):
     except (OSError, ValueError, AttributeError, TypeError):
         shown, last = {}, 0
     number = args.number or min(last + 1, 3)
+    following = "The same command shows the next one."
     try:
         notes.write_text(json.dumps(shown | {name: max(number, last)}, indent=1))
     except OSError:
-        print(f"(How many hints were shown cannot be kept in {notes}: --number 2 or 3 shows the next.)")
+        following = f"How many were shown cannot be kept in {notes}: --number 2 or 3 shows the next one."
     print(f"{name}, hint {number} of 3" + (": the derivation" if number == 3 else ""))
     say(hints(name)[number - 1], wrap=number < 3)
-    if number < 3:
-        print("The same command shows the next one.")
+    if number < 3 and not args.number:
+        print(following)
     return 0
 
 
@@ -209,20 +211,18 @@ def reset(args):
     text = read(args.file)
     start, end = region(text, name)
     blank = piece(name).blank.rstrip("\n")
-    lines = text.splitlines(keepends=True)
-    old = "".join(lines[start:end])
-    newline = "\r\n" if "\r\n" in text else "\n"
+    lines = text.split("\n")  # as `ast` counts them
     if start == end:
-        before, after = text.rstrip() + newline * 3, ""
+        before, after = text.rstrip() + "\n" * 3, ""
     else:
         kept = kept_name(args.file, name)
-        with open(kept, "x", encoding="utf-8", newline="") as file:
-            file.write(old)
+        with open(kept, "x", encoding="utf-8") as file:
+            file.write("\n".join(lines[start:end]) + "\n")
         print(f"The old text is in {kept}.")
-        before, after = "".join(lines[:start]), "".join(lines[end:])
+        before, after = "".join(f"{line}\n" for line in lines[:start]), "\n".join(lines[end:])
     beside = args.file.with_name(f".{args.file.name}.new")
-    with open(beside, "w", encoding="utf-8", newline="") as file:
-        file.write(before + blank.replace("\n", newline) + newline + after)
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(before + blank + "\n" + after)
     os.replace(beside, args.file)
     print(f"{name} is blank again: {place(args.file, name)}")
     return 0
@@ -230,7 +230,7 @@ def reset(args):
 
 def region(text, name):
     """Return (start, end) of the lines of an exercise, also in a file that is no Python now; equal if not there."""
-    lines = text.splitlines()
+    lines = text.split("\n")
     try:
         for node in ast.parse(text).body:
             target = getattr(node, "targets", [None])[0]
@@ -261,8 +261,6 @@ def kept_name(path, name):
 
 def train(args):
     """Train with what is right in a file, in a process of its own, beside minires."""
-    if args.steps < 1:
-        raise UsageError(f"--steps: expected an integer of at least 1, got {args.steps}")
     results = check_file(args.file)
     names = usable(results, args.anyway)
     print(progress(results))

@@ -5,7 +5,7 @@
 
 The recipe is `fast` of recipes.py for a network with an eighth of the channels and for the 1,000 training images of the
 sample: 40 epochs take a minute. So it shows how to ask the question, and what is large and what is small here; for
-50,000 images, 30 epochs and the whole network, examples/ablation.py asks it again.
+40,000 images, 30 epochs and the whole network, examples/ablation.py asks it again.
 """
 
 import argparse
@@ -96,12 +96,9 @@ def make_runs(path, seeds):
             test_accuracy = (logits.argmax(axis=1) == data.test_labels).mean()
             rows.append([variant, seed, epoch, f"{train_accuracy:.4f}", f"{test_accuracy:.4f}"])
         print(*rows[-1], flush=True)
-        begun = path.exists()
+        names = ["variant", "seed", "epoch", "train", "test"]
         with open(path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(
-                [] if begun else [["variant", "seed", "epoch", "train", "test"]]
-            )
-            csv.writer(file, lineterminator="\n").writerows(rows)
+            csv.writer(file, lineterminator="\n").writerows(rows if file.tell() else [names, *rows])
 
 
 def read(path=KEPT):

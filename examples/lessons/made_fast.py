@@ -3,7 +3,7 @@
     python examples/lessons/made_fast.py
 
 The batch is that of the network's first stage: 128 images of 32x32 pixels with 64 channels, 34 MB in float32. What is
-right is what the reference says in float64, where its rounding is a billion times as fine.
+right is what the reference says in float64, where its rounding is half a billion times as fine.
 """
 
 import argparse

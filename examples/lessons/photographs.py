@@ -97,7 +97,7 @@ def softmax(logits, temperature=1.0):
 
 def tell_confidence(logits, labels, strangers):
     """Print how often answers of each confidence are right, and what a threshold lets pass, with and without a
-    temperature. It is fitted to every second image, and its line measured on the others.
+    temperature. It is fitted to every second image, and its lines are measured on the others.
 
     Shapes      logits (N, 10) and labels (N,) of test images, strangers (M, 10): logits of pictures of no class
     """

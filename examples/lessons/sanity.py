@@ -125,14 +125,14 @@ def watched(model):
     def watch(layer, scale):
         forward, backward = layer.forward, layer.backward
 
-        def watched_forward(*inputs):
-            out = forward(*inputs)
+        def watched_forward(*inputs, **named):
+            out = forward(*inputs, **named)
             scale.activation = float(out.std())
             return out
 
-        def watched_backward(dout, *options):
+        def watched_backward(dout, *options, **named):
             scale.gradient = float(dout.std())
-            return backward(dout, *options)
+            return backward(dout, *options, **named)
 
         layer.forward, layer.backward = watched_forward, watched_backward  # they hide the methods of the class
 
@@ -270,8 +270,9 @@ def load_class(text):
     Raises      UsageError
     """
     path, _, name = text.rpartition(":")
-    if not path or not pathlib.Path(path).is_file():
-        raise UsageError(f"--module expects FILE.py:CLASS, got {text}" + (": no such file" if path else ""))
+    if not path.endswith(".py") or not pathlib.Path(path).is_file():
+        missing = ": no such file" if path.endswith(".py") else ""
+        raise UsageError(f"--module expects FILE.py:CLASS, got {text}{missing}")
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(pathlib.Path(path).absolute().parent))  # it may import what lies beside it

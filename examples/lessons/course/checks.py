@@ -184,7 +184,7 @@ def equals(value, what):
     """Whether a result is what a mistake would give; some cannot be made with the shapes at hand."""
     try:
         what = np.asarray(what() if callable(what) else what, np.float64)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, TypeError):  # the last for what is None here
         return False
     return close(value, what, 1e-6) and np.isfinite(what).all()
 

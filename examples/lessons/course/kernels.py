@@ -62,7 +62,7 @@ def cases_of_relu(rng):
 
 
 def suspects_of_relu(a, e):
-    yield "out", "It is the larger part of |x|: negative numbers become 0, not positive.", lambda: np.abs(a.x)
+    yield "out", "It is |x|: negative numbers become 0, not positive.", lambda: np.abs(a.x)
     yield "out", "The small ones are kept and the large ones set to 0.", lambda: np.minimum(a.x, 0)
     yield "out", "It is the mask, 0 or 1: x itself is missing.", lambda: a.x > 0
 

@@ -81,7 +81,7 @@ class Learner:
         if frames:
             line = frames[-1].lineno
             inside = "" if frames[-1].name == "<module>" else f", in {frames[-1].name}"
-            words += f"\n    line {line}{inside}:  {self.text.splitlines()[line - 1].strip()}"
+            words += f"\n    line {line}{inside}:  {text_of(self.text, line)}"
         if arguments := getattr(error, "arguments", ""):
             words += f"\n    called with {arguments}"
         if called := deepest_exercise(error):
@@ -196,17 +196,15 @@ def check_file(path, names=(), limit=LIMIT):
             if "status" in line:
                 results[line["name"]] = line["status"], line["sentences"]
             under_way = None if "status" in line else line["name"]
-        if under_way and ending:
+        if under_way:
             sentence = how_it_ended(ending, stuck, read(path), SLOW.get(under_way, limit))
             if under_way == LOADING:
                 raise BrokenFileError(sentence)
             results[under_way] = WRONG, sentence
-        elif set(remaining) - set(results) == set(remaining):
-            raise BrokenFileError(f"the process that should check it ended with code {ending}")
     return results
 
 
-def run_process(task, path, arguments, limit, wait=None):
+def run_process(task, path, arguments, limit):
     """Run this module on a file. Return what it reported, its exit code, and the stack of a time limit that ran out."""
     lessons = str(pathlib.Path(__file__).parent.parent)
     minires = str(pathlib.Path(sys.modules["minires"].__file__).parent.parent)
@@ -231,7 +229,7 @@ def run_process(task, path, arguments, limit, wait=None):
             stdin=subprocess.DEVNULL,
         )
         try:
-            process.wait(wait)
+            process.wait()
         finally:
             if process.poll() is None:
                 process.kill()
@@ -242,6 +240,11 @@ def run_process(task, path, arguments, limit, wait=None):
     return [json.loads(line) for line in whole], process.returncode, told
 
 
+def text_of(text, line):
+    """Return a line by its number, as Python counts them: `str.splitlines` also cuts at a form feed and the like."""
+    return text.split("\n")[line - 1].strip()
+
+
 def how_it_ended(code, stack, text, limit):
     """Tell why a process ended in the middle, with the learner's line where it is known."""
     if "Timeout" in stack:
@@ -249,7 +252,7 @@ def how_it_ended(code, stack, text, limit):
         found = re.search(rf'File "{YOURS}", line (\d+)', stack)
         if found:
             line = int(found[1])
-            words += f"\n    line {line}:  {text.splitlines()[line - 1].strip()}"
+            words += f"\n    line {line}:  {text_of(text, line)}"
         return words
     if code < 0:
         words = signal.strsignal(-code) or f"signal {-code}"
@@ -279,7 +282,7 @@ def main(task, path, limit, reports, stack, *arguments):
         if task == "train":
             from course.training import train
 
-            return train(learner, give, tell, *arguments)
+            return train(learner, give, *arguments)
         for name in arguments:
             tell(name=name)
             give(SLOW.get(name, limit))

@@ -413,6 +413,8 @@ def check_cuda(mine):
         except Exception as error:
             said.seek(0)
             lines = [line for line in f"{said.read()}\n{error}".splitlines() if "error" in line]
+            if lines and not any("SGD_CUDA" in line for line in lines):  # not the learner's
+                raise NotCheckedError("needs a GPU, or a g++ that compiles the emulator, and neither is here") from None
             raise MistakeError(f"It does not compile: {lines[0] if lines else error}") from None
         finally:
             os.dup2(stderr, 2)

@@ -1,6 +1,7 @@
 """A small residual network trained twice, step by step: with the learner's functions, and with minires's own.
 
-Both draw the same numbers, so that right functions give the same losses, but for rounding.
+Both have the same seeds, so that right functions give the same losses, but for rounding, and for what a learner's
+dropout, cutout or initial weights draw in a way of their own.
 """
 
 import collections
@@ -63,7 +64,7 @@ class Side:
             return minires.evaluate(self.model, images, labels, cifar10.MEAN, cifar10.STD)[1]
 
 
-def train(learner, give, tell, steps, optimizer, *names):
+def train(learner, give, steps, optimizer, *names):
     """Train both, and say what of the learner's was called how often. Return the exit code."""
     steps, calls = int(steps), collections.Counter()
     calls.last = None
