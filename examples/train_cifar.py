@@ -132,13 +132,15 @@ def load_data(args, run, device):
 
 
 def check_parts(args, run, data):
-    """Refuse statistics of parts where a process would have no image of a batch, of which the last is the smallest."""
+    """Refuse batches, of which the last is the smallest, of which a process would have no image, where it needs one."""
     images = min(len(data.train[1]), data.steps_per_epoch * args.batch_size)
     passes = [images, min(images, STATISTICS_IMAGES)] if args.ema else [images]
     smallest = min((count - 1) % args.batch_size + 1 for count in passes)
-    if args.local_batch_norm and smallest < run.ranks.size:
+    on_gpu = not isinstance(data.train[0], np.ndarray)
+    if (args.local_batch_norm or on_gpu) and smallest < run.ranks.size:
+        what = "--local-batch-norm" if args.local_batch_norm else "--device gpu"
         raise UsageError(
-            f"--local-batch-norm takes an image of every batch for each of the {run.ranks.size} processes, and the "
+            f"{what} takes an image of every batch for each of the {run.ranks.size} processes, and the "
             f"smallest has {smallest}: start fewer processes, or choose another --batch-size than {args.batch_size}"
         )
 
@@ -267,6 +269,10 @@ def report_on(run, images, labels, logits):
         note(f"no report {run.folder / REPORT}: {error}")
 
 
+def attempt(args):
+    return "begin a new run with" if args.resume else "try"
+
+
 def main():
     ranks = processes("--distributed" in sys.argv)
     args, given = parse_arguments()
@@ -281,10 +287,11 @@ def main():
             else:
                 train(args, run)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; try a smaller --lr than {args.lr}") from error
+        raise FloatingPointError(f"{error}; {attempt(args)} a smaller --lr than {args.lr}") from error
     except MemoryError as error:  # CuPy's is one as well
-        size = f"batches of {args.batch_size}: {memory_shortage(error)}"
-        raise MemoryError(f"out of memory with {size}; try --batch-size {max(2, args.batch_size // 2)}") from error
+        smaller = f"{attempt(args)} --batch-size {max(2, args.batch_size // 2)}"
+        size = f"{memory_shortage(error)} with batches of {args.batch_size}"
+        raise MemoryError(f"{size}; {smaller}; a run that had begun is in its last checkpoint") from error
     return 0
 
 

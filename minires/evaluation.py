@@ -76,6 +76,16 @@ def evaluation_mode(model):
             module.training = training
 
 
+def checked_batch_size(images, batch_size):
+    """Return the batch size as a Python integer, which never runs over, if it and the images are as they should be."""
+    check_array("predict_logits", images)
+    if images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"predict_logits expects images (N, H, W, 3), at least one of them, got {images.shape}")
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+        raise ValueError(f"predict_logits: batch_size must be an integer of at least 1, got {batch_size!r}")
+    return int(batch_size)
+
+
 def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lambda: None):
     """Run images through a model in evaluation mode, a batch at a time; each part's mode is restored.
 
@@ -83,14 +93,11 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
     Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: called
                 before each batch; what it raises leaves the rest undone
     """
-    check_array("predict_logits", images)
-    if images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"predict_logits expects images (N, H, W, 3), at least one of them, got {images.shape}")
-    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
-        raise ValueError(f"predict_logits: batch_size must be an integer of at least 1, got {batch_size!r}")
-    weight = next((value.data for _, value in model.named_state()), np.zeros(0, np.float32))
+    batch_size = checked_batch_size(images, batch_size)
+    arrays = (value.data for _, value in model.named_state())
+    weight = next((array for array in arrays if array.dtype.kind == "f"), np.zeros(0, np.float32))
     device = "cpu" if array_module(weight) is np else "gpu"
-    batch_size, logits = int(batch_size), []  # a np.uint8 would run over
+    logits = []
     with evaluation_mode(model):
         for start in range(0, len(images), batch_size):
             stop()

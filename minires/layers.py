@@ -239,7 +239,8 @@ class BatchNorm2d(Module):
                 raise ValueError(
                     f"BatchNorm2d needs more than one value in a channel to train, got x of shape {x.shape}"
                 )
-            kernels.update_running_statistics(*running, mean, var, self.momentum, M)
+            # by their own set, also where a process has no image: all have to come to the same bits
+            kernels_for(running[0]).update_running_statistics(*running, mean, var, self.momentum, M)
         else:
             mean, var = running
         out = kernels.batch_norm_add_relu_forward(

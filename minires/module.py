@@ -119,7 +119,7 @@ class Module:
         """Yield (name, value) for each attribute of a kind, and those in lists and dicts as (name.0, value), (name.key,
         value) and so on.
         """
-        return _walk(vars(self), kind, "")
+        return _walk({name: value for name, value in vars(self).items() if name != "_cache"}, kind, "")
 
     def named_children(self):
         """Yield (name, module) for each direct part."""

@@ -22,6 +22,10 @@ COMPILER = shutil.which("g++") if sys.platform == "linux" else None  # elsewhere
 OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 if platform.machine() == "x86_64":
     OPTIONS += ("-mf16c",)
+if COMPILER:
+    check = [COMPILER, "-xc++", "-fsyntax-only", "-"]
+    if subprocess.run(check, input=b"_Float16 x;", capture_output=True).returncode:
+        COMPILER = None  # one that is too old
 
 
 class RawModule:
@@ -49,7 +53,8 @@ def build(code):
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             source, result = pathlib.Path(folder, "kernels.cpp"), pathlib.Path(folder, "kernels.so")
             source.write_text(code)
-            subprocess.run([COMPILER, *OPTIONS, f"-I{HERE}", str(source), "-o", str(result)], check=True)
+            command = [COMPILER, *OPTIONS, f"-I{HERE}", str(source), "-o", str(result)]
+            subprocess.run(command, check=True, env={**os.environ, "LC_ALL": "C"})  # errors in English, for the lessons
             os.replace(result, library)
     return ctypes.CDLL(str(library))
 

@@ -657,7 +657,7 @@ def test_a_benchmark_on_a_gpu_that_is_not_there_names_the_cause(cause):
     assert (code, err) == (2, f"error: {cause}\n")
 
 
-def test_an_interrupted_script_says_nothing(checkpoint):
+def test_an_interrupted_script_says_nothing():
     process = start("gradcheck.py")
     process.stdout.readline()  # it runs
     process.send_signal(signal.SIGINT)

@@ -21,7 +21,7 @@ BOUNDS = {"float32": 1e-6, "tf32": 1e-3, "float16": 1e-2}
 
 @pytest.fixture(
     params=[
-        pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="needs g++")),
+        pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")),
         pytest.param("real", marks=pytest.mark.gpu),
     ]
 )
@@ -364,3 +364,17 @@ def test_optimizers(xp, rng):
 def test_the_precision_is_checked():
     with pytest.raises(ValueError, match="precision must be 'tf32' or 'float32', got 'bf16'"):
         gpu.set_precision("bf16")
+
+
+def test_a_sum_of_halves_and_floats_is_one_of_halves(xp, rng):
+    a, b = rng.standard_normal((3, 5)).astype(np.float16), rng.standard_normal((3, 5)).astype(np.float32)
+    np.testing.assert_allclose(xp.asnumpy(gpu.add(xp.asarray(a), xp.asarray(b))), a + b, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_indices_of_32_bits_cannot_count_goes_another_way(dtype, monkeypatch):
+    """The weight gradient of 16 channels and 3x3 taps takes columns of 160 numbers, more than there are in x."""
+    x = np.zeros((2, 6, 6, 16), dtype)
+    assert gpu.is_implicit(x, (3, 3, 16, 64), (2, 6, 6, 64))
+    monkeypatch.setattr(gpu, "INDEX_LIMIT", 2 * 6 * 6 * 160)
+    assert not gpu.is_implicit(x, (3, 3, 16, 64), (2, 6, 6, 64))

@@ -131,6 +131,20 @@ class Deeper(Module):
         self.tables = {"scales": [Parameter(np.zeros(6))], 7: {"mean": Buffer(np.zeros(7))}, "title": "none"}
 
 
+def test_a_parameter_that_is_kept_for_backward_is_there_once():
+    class Keeps(Module):
+        def __init__(self):
+            self.weight = Parameter(np.ones(3))
+
+        def forward(self, x):
+            self._keep(x, self.weight)
+            return x * self.weight.data
+
+    module = Keeps()
+    module(np.ones(3))
+    assert [name for name, _ in module.named_parameters()] == list(module.state_dict()) == ["weight"]
+
+
 def test_names_are_dotted_paths_through_attributes_lists_and_sequentials():
     assert [name for name, _ in Nested().named_parameters()] == [
         "scale",

@@ -200,6 +200,19 @@ def test_muon_replaces_a_share_of_a_filter_and_keeps_its_norm(rng):
     np.testing.assert_array_equal(vector.data, expected_vector.data)
 
 
+def test_muon_leaves_a_filter_of_zeros_or_without_gradient_finite():
+    filters = Parameter(np.zeros((3, 3, 4, 6), np.float32))
+    optimizer = Muon([filters], lr=0.4)
+    optimizer.step()
+    np.testing.assert_array_equal(filters.data, 0)
+    filters.grad[...] = np.random.default_rng(0).standard_normal(filters.data.shape)
+    optimizer.step()
+    for _ in range(200):  # the velocity falls below what a float can square
+        optimizer.zero_grad()
+        optimizer.step()
+    assert np.isfinite(filters.data).all()
+
+
 def gain(columns):
     """What three steps make of the singular values of an orthogonal matrix, which begin at 1 / sqrt(columns)."""
     s = columns**-0.5

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -192,6 +193,65 @@ def test_a_number_that_is_not_finite_is_found_in_its_layer(tmp_path, layer):
         "in epoch 2, step 6 the loss is nan: the first number that is not finite is in the output of "
         f"{layer}, whose weights are not finite; there is no checkpoint yet"
     )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_where_the_loss_is_looked_at_seldom_the_line_says_so(tmp_path):
+    def poison(run):
+        if run.step == 2:
+            dict(run.model.named_parameters())["4.weight"].data[..., 0] = np.nan
+
+    with pytest.raises(FloatingPointError, match=r"epoch 2, step 5 the loss is nan: .* \(looked at every 2 steps\);"):
+        train(tmp_path, poison, check_every=2)
+
+
+def test_a_run_that_ends_early_counts_its_last_epoch(tmp_path):
+    model, losses = network(), {1: 2.0, 2: 1.0}
+    with Run(tmp_path) as run:
+        run.track(model, Adam(model.parameters(), lr=0.01), epochs=5, steps_per_epoch=STEPS)
+        for epoch in run.epochs():
+            for _ in run.steps(batches(epoch)):
+                pass
+            run.validate(lambda: (losses[epoch], 0.5))  # noqa: B023
+            if epoch == 2:
+                break
+        result = run.finish({})
+    assert (result["best_epoch"], result["validation_loss"]) == (2, 1.0)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+    assert load_checkpoint(tmp_path)[1]["step"] == 2 * STEPS
+
+
+def test_a_run_without_validation_that_is_prolonged_keeps_its_new_last_weights(tmp_path, monkeypatch):
+    train(tmp_path, validate=False)
+    monkeypatch.setattr(sys.modules[__name__], "EPOCHS", 3)
+    result = train(tmp_path, validate=False)
+    weights, metadata = load_weights(tmp_path / "best.safetensors")
+    state = load_checkpoint(tmp_path)[0]
+    assert (result["best_epoch"], metadata["epoch"]) == (3, 3)
+    assert all((array == state[f"model.{name}"]).all() for name, array in weights.items())
+
+
+def test_settings_that_the_run_writes_itself_are_its_own(tmp_path):
+    settings = {"device": "auto", "out": "elsewhere", "lr": 0.1}
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop_in(1), settings=settings)
+    train(tmp_path, settings=settings)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["device"], config["out"], config["lr"]) == ("cpu", str(tmp_path), 0.1)
+
+
+def test_the_optimizer_of_another_model_is_refused(tmp_path):
+    with Run(tmp_path) as run, pytest.raises(ValueError, match="the optimizer has parameters that are not the model's"):
+        run.track(network(), Adam(network().parameters(), lr=0.01), epochs=1, steps_per_epoch=1)
+
+
+def test_an_output_that_is_no_terminal_has_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minires.training.output.SECONDS_BETWEEN_LINES", -1)
+    train(tmp_path)
+    out = capsys.readouterr()
+    lines = [line for line in (out.out + out.err).splitlines() if ", batch " in line]
+    assert [line.partition(":")[0] for line in lines] == [f"epoch {e}/2, batch {b}/3" for e in (1, 2) for b in (1, 2)]
+    assert re.search(r": loss \d\.\d{4}, accuracy \d+\.\d%, \d+ images/s$", lines[0])
 
 
 def test_the_curves_are_drawn_while_the_run_goes_on(tmp_path, monkeypatch):

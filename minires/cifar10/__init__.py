@@ -36,7 +36,8 @@ class Dataset(NamedTuple):
 
     def sha256(self):
         """Return the SHA-256 of those of the four arrays, in hexadecimal: does a run have the images it began with?"""
-        return hashlib.sha256(b"".join(hashlib.sha256(array).digest() for array in self)).hexdigest()
+        parts = [hashlib.sha256(np.ascontiguousarray(array)).digest() for array in self]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def load(directory=None, or_download=False):
@@ -49,7 +50,7 @@ def load(directory=None, or_download=False):
     Raises      DataError for a folder that does not exist or cannot be entered, and a file that is missing, cannot be
                 read, or has the wrong size or another SHA-256 than the official one; DownloadError
     """
-    folder = pathlib.Path(directory or default_directory())
+    folder = pathlib.Path(os.path.expanduser(directory or default_directory()))
     place = files.find(folder)
     if not directory and not place:
         if not or_download:
@@ -67,7 +68,7 @@ def load_sample():
     Returns     a Dataset of 1,000 and 500 images, in the order of the official files
     """
     expected = {"data_batch_1.bin": (1_000, None), files.TEST_FILE: (500, None)}
-    return _dataset(files.read(pathlib.Path(__file__).parent / "sample", expected))
+    return _dataset(files.read(pathlib.Path(__file__).parent / "sample", expected, "installing minires anew"))
 
 
 def _dataset(contents):

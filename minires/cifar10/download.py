@@ -48,7 +48,7 @@ def fetch(urls, part, size, sha256, *, timeout=TIMEOUT, pauses=PAUSES, slowest=S
     Raises      DownloadError with a reason for each address; OSError for the disk
     """
     faults, left = {}, list(urls)
-    for pause in (0, *pauses) if left else ():
+    for pause in (0, *pauses):
         time.sleep(pause)
         for url in left:
             try:

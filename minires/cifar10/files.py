@@ -80,17 +80,18 @@ def download_command(folder):
     return command_line(["python", "-m", "minires.cifar10", "download", folder])
 
 
-def read(folder, expected):
+def read(folder, expected, remedy=None):
     """Read files of records, a label and 3,072 values each.
 
     Args        expected: for each name the number of records and the SHA-256 of the file, None where it may be any
+                remedy: what puts wrong files right, by default the command that downloads them
     Returns     a list of records (count, 3073) uint8
     Raises      DataError that names each wrong file and its fault, or the folder where there can be no files
     """
     _check_folder(folder)
     found = {name: _read(folder / name, *form) for name, form in expected.items()}
     if faults := [f"{name} {fault}" for name, (_, fault) in found.items() if fault]:
-        raise DataError(f"{folder}: {'; '.join(faults)}; {download_command(folder)} puts it right")
+        raise DataError(f"{folder}: {'; '.join(faults)}; {remedy or download_command(folder)} puts it right")
     return [records for records, _ in found.values()]
 
 

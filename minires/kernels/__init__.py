@@ -71,9 +71,9 @@ def use(choice):
     Raises      ValueError for another word, and for an object without a single name of the reference
     """
     global _chosen, _own
+    own = None if isinstance(choice, str) else _reference_with(choice)
     before = _chosen, _own
-    _own = None if isinstance(choice, str) else _reference_with(choice)
-    _chosen = choice if _own else _checked("kernels.use", choice)
+    _chosen, _own = choice if own else _checked("kernels.use", choice), own
     try:
         yield
     finally:

@@ -627,7 +627,7 @@ __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32)
     const int direction = FORWARD ? 1 : -1;  // in which the source's pixel moves from tap to tap
     const int M = N * positions_h * positions_w, first_row = blockIdx.x * BM, first_column = blockIdx.y * BN;
     if (first_row >= M) return;
-    const int steps = max(taps_h, 0) * max(taps_w, 0) * (channels / BK);
+    const int steps = taps_h * taps_w * (channels / BK);
 
     // The rows that this thread gathers: where the source's pixel at the first tap is, and a bit for each tap that
     // tells whether the pixel there is inside. All of it is worked out before the loop, whose time it would cost.

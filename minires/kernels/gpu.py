@@ -155,7 +155,7 @@ def contiguous(*arrays):
 
 def add(a, b):
     """See `reference.add`."""
-    a, b = contiguous(a, b)
+    a, b = contiguous(a, b.astype(a.dtype, copy=False))
     out = array_module(a).empty_like(a)
     V = vector(a.size, a)
     launch(f"add<{type_name(a)}, {V}>", blocks_of(a.size // V), (THREADS,), a, b, out, a.size)
@@ -427,7 +427,8 @@ def is_implicit(x, weight_shape, out_shape):
     """Whether the tensor cores take a convolution from x to an output, or back."""
     kh, kw, C, columns = weight_shape
     positions = math.prod(out_shape[:3])
-    row = round_up(kh * kw * C, ROWS_OF_A_GRADIENT) if C % step_of(x) else 0  # of columns, which are made then
+    with_columns = C % step_of(x) or kh * kw * C % ROWS_OF_A_GRADIENT
+    row = round_up(kh * kw * C, ROWS_OF_A_GRADIENT) if with_columns else 0
     largest = max(x.size, positions * out_shape[3], positions * row)
     allowed = x.dtype == "float16" or _precision == "tf32"
     return allowed and columns % COLUMNS_OF_A_TILE == 0 and kh * kw <= MOST_TAPS and largest < INDEX_LIMIT

@@ -583,7 +583,7 @@ def orthogonalize(matrix, steps=3):
     a, b, c = 3.4445, -4.7750, 2.0315
     if matrix.shape[0] < matrix.shape[1]:
         return orthogonalize(matrix.T, steps).T  # the smaller of the two squares
-    X = matrix / (norm(matrix) + 1e-30)  # of a gradient of 0 nothing is left
+    X = matrix / (norm(matrix) + 1e-18)  # of a gradient of 0 nothing is left, nor of one whose squares underflow
     square, eye = X.T @ X, array_module(X).eye(X.shape[1], dtype=X.dtype)  # (O, O)
     product = Q = a * eye + b * square + c * (square @ square)
     for _ in range(steps - 1):

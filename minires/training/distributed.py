@@ -28,7 +28,7 @@ import numpy as np
 
 from minires import backend
 from minires.backend import array_module, to_numpy
-from minires.evaluation import predict_logits
+from minires.evaluation import checked_batch_size, predict_logits
 from minires.kernels import num_threads, set_num_threads
 from minires.layers import BatchNorm2d, Dropout
 from minires.module import Parameter
@@ -136,7 +136,7 @@ class Processes(OneProcess):
 
     @property
     def start(self):
-        return self.part(self.total).start  # the position in the batch of the first image that this process has
+        return self.part(self.total or 0).start  # the position in the batch of the first image that this process has
 
     def share(self, count):
         """Return which share of the batch the `count` images are that this process has."""
@@ -239,7 +239,7 @@ class Processes(OneProcess):
 
     def predict_logits(self, model, images, mean, std, batch_size=200, tta=False, stop=lambda: None):
         self.same_statistics(model)
-        logits = []
+        batch_size, logits = checked_batch_size(images, batch_size), []
         for start in range(0, len(images), batch_size * self.size):
             stop()  # as often in each process
             batch = images[start : start + batch_size * self.size]

@@ -100,7 +100,7 @@ def check_space(folder, checkpoint, weights, folder_flag=None):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a run folder for this process alone. The lock goes with the process, however that ends."""
+    """Hold a run folder for this process alone, on this machine. The lock goes with the process, however that ends."""
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows

@@ -69,6 +69,10 @@ from minires.training.storage import CheckpointError, remove_parts, to_json
 from minires.training.weights import WEIGHTS, metadata_of, save_weights, write_state
 
 POSITION = ("config", "history", "step", "seen", "loss_sum", "correct", "seconds", "epoch_seconds")  # in a checkpoint
+OF_THE_RUN = (  # what a run writes into its settings itself
+    *("device", "processes", "parameters", "out", "started"),
+    *("minires", "numpy", "python", "machine", "kernels"),
+)
 MAY_CHANGE_DIGITS = ("minires", "numpy", "kernels", "device", "processes")
 STEPS_BETWEEN_READINGS = {"cpu": 1, "gpu": 10}  # reading the loss waits for the GPU
 SECONDS_BETWEEN_PICTURES = 10  # a picture takes half a second, an epoch on a GPU hardly more
@@ -101,7 +105,7 @@ class Run:
             resume = folder is not None and self.ranks.first(os.path.exists, self.folder / SETTINGS)
         self.resumed, self.folder_flag, self.resume_flag = resume, folder_flag, resume_flag
         self.settings, self.history, self.best = {}, [], {}
-        self.step = self.seen = 0  # steps done in the run, images seen in the epoch
+        self.step = self.seen = self._kept = 0  # steps done in the run, images seen in the epoch, epoch of the weights
         self._checkpoint, self._signals = None, []
 
     def __enter__(self):
@@ -147,16 +151,19 @@ class Run:
     ):
         """Begin the run of a model and its optimizer, or put them where it was left.
 
-        Args        average: a WeightAverage, or None; settings: a dict of what JSON can hold, for config.json; free:
-                    names of settings that may be others when the run is resumed; checkpoint_every: minutes, 0 for after
-                    each step; check_every: steps between two looks at the loss and the gradients, by default 1 on the
-                    CPU and 10 on a GPU, where looking means waiting
+        Args        average: a WeightAverage, or None; settings: a dict of what JSON can hold, for config.json, beside
+                    what a run writes there itself; free: names of those that may be others when it is resumed;
+                    checkpoint_every: minutes, 0 for after each step; check_every: steps between two looks at the loss
+                    and the gradients, by default 1 on the CPU and 10 on a GPU, where looking means waiting
         Raises      UsageError for a disk without room, and for settings that are not those that the run began with;
-                    ValueError for numbers of epochs or steps that are no integers of at least 1
+                    ValueError for numbers of epochs or steps that are no integers of at least 1, and for the optimizer
+                    of another model
         """
         for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
             if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"Run.track: {name} must be an integer of at least 1, got {value!r}")
+        if not {id(p) for p in optimizer.params} <= {id(p) for p in model.parameters()}:
+            raise ValueError("Run.track: the optimizer has parameters that are not the model's: make it anew, of those")
         self.model, self.optimizer, self.average = model, optimizer, average
         self.num_epochs, self.steps_per_epoch, self.total_steps = epochs, steps_per_epoch, epochs * steps_per_epoch
         self.checkpoint_every = checkpoint_every
@@ -168,6 +175,7 @@ class Run:
         self.ranks.first(check_space, self.folder or pathlib.Path("runs"), state + weights, weights, self.folder_flag)
 
         settings = json.loads(to_json(settings or {}))  # as it comes back: with lists in place of tuples
+        settings = {name: value for name, value in settings.items() if name not in OF_THE_RUN}
         if self.resumed:
             self._check_settings(settings, free)
             now = {"device": device, "processes": self.ranks.size}
@@ -204,12 +212,6 @@ class Run:
         while len(self.history) < self.num_epochs:
             self.epoch = len(self.history) + 1
             yield self.epoch
-            steps = self.step - (self.epoch - 1) * self.steps_per_epoch
-            if steps != self.steps_per_epoch:
-                raise RuntimeError(
-                    f"Run.epochs: epoch {self.epoch} was left after {steps} of {self.steps_per_epoch} steps: let the "
-                    "loop over Run.steps come to its end"
-                )
             self._end_epoch(first=len(self.history) == epochs_before)
         self._save_unsaved()
         self._draw_curves()
@@ -288,15 +290,18 @@ class Run:
             what = f"the validation loss is {loss}: the first number that is not finite is in {where}"
             raise self._not_finite(what, self.step)
         self._row |= {"validation_loss": loss, "validation_accuracy": accuracy}
-        if self._row is best_of([*self.history, self._row]):
+        if self._is_best():
             self.keep_weights()
+
+    def _is_best(self):
+        return self._row is best_of([*self.history, self._row])
 
     def keep_weights(self):
         """Keep the model's weights as they are now.
 
         Without validation, call it in the last epoch, or never: then those after the last epoch are kept.
         """
-        self.best = self.model.state_dict()
+        self.best, self._kept = self.model.state_dict(), self.epoch
         self.ranks.first(save_weights, self.folder / WEIGHTS, self.model, self._row)
 
     def stop_if_asked(self):
@@ -306,6 +311,9 @@ class Run:
 
     def finish(self, result):
         """Write result.json, with what is known of the weights that were kept and the seconds; return it all."""
+        if self.step > len(self.history) * self.steps_per_epoch:  # the loop over epochs was left early
+            self._end_epoch(first=not self.history)
+            self._save_unsaved()
         best = best_of(self.history)
         result = result | {
             "best_epoch": best["epoch"],
@@ -378,7 +386,13 @@ class Run:
             self.ranks.check_same(training_state(self.model, self.optimizer, self.average), when)
 
     def _end_epoch(self, first):
-        if self.epoch == self.num_epochs and not self.best:
+        steps = self.step - (self.epoch - 1) * self.steps_per_epoch
+        if steps != self.steps_per_epoch:
+            raise RuntimeError(
+                f"Run.epochs: epoch {self.epoch} was left after {steps} of {self.steps_per_epoch} steps: let the loop "
+                "over Run.steps come to its end"
+            )
+        if self.epoch == self.num_epochs and self._kept != self.epoch and self._is_best():
             self.keep_weights()
         self._row["seconds"] = round(time.monotonic() - self._epoch_started, 1)
         self.history.append(self._row)
@@ -451,14 +465,18 @@ class Run:
 
     def _how_to_resume(self):
         epoch = min(len(self.history) + 1, self.num_epochs)
-        line = f"\ninterrupted in epoch {epoch}, after step {self.step} of {self.total_steps}; to resume:\n    "
+        line = f"\ninterrupted in epoch {epoch}, after step {self.step} of {self.total_steps}; to resume"
         program = pathlib.Path(sys.argv[0]).absolute()
         if not program.is_file():  # python -c, a notebook
-            return f"{line}the same program, on the folder {self.folder.absolute()}"
+            return f"{line}:\n    the same program, on the folder {self.folder.absolute()}"
         command = ["mpiexec", "-n", self.ranks.size] if self.ranks.size > 1 else []
         command += [sys.executable, str(program)]
+        module = getattr(sys.modules["__main__"], "__spec__", None)
+        if module and module.origin == str(program):  # python -m, which imports from the folder that it is run in
+            command[-1:] = ["-m", module.name]
+            line += f", in {os.getcwd()}"
         command += [self.resume_flag, str(self.folder.absolute())] if self.resume_flag else sys.argv[1:]
-        return line + command_line(command)
+        return f"{line}:\n    {command_line(command)}"
 
 
 def position_of(metadata, folder):

@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from minires import cifar10, kernels
-from minires.backend import GPUError
+from minires.backend import GPUError, memory_shortage
 from minires.console import command_line, note
 from minires.training.distributed import OneProcess, RanksDifferError
 from minires.training.folder import RESULT, SETTINGS, UsageError
@@ -40,7 +40,7 @@ def explain(error):
         line += "; what was there before is unharmed. Once the cause is mended, resume the run by"
         return 1, f"{line} --resume {command_line([str(folder)])}"
     if isinstance(error, MemoryError):
-        return 1, f"{error}; a run that had begun is in its last checkpoint"
+        return 1, f"out of memory: {memory_shortage(error)}"
     return 1, f"{type(error).__name__}: {error} (--debug shows the place)"
 
 
