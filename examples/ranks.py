@@ -99,9 +99,9 @@ def watched(ranks):
         under_way.append((begun, array.nbytes))
         ranks.events.append(("call", begun, time.perf_counter(), 0))
 
-    def progress(progress=ranks.progress if ranks else None):
+    def progress():
         begun = time.perf_counter()
-        progress()
+        ranks.mpi.Request.Testsome(ranks.under_way)  # in place of Testall, which marks none before all are done
         done = [not request for request in ranks.under_way]  # a request that is done has become none
         for i in reversed(range(len(done))):
             if done[i]:
@@ -143,8 +143,12 @@ class Job:
     def ask(self, question, number=0):
         """Ask for a method of Training, with a number."""
         time.sleep(0.3)  # lets the threads of the one before come to rest
-        self.pipe.send((QUESTIONS.index(question), number))
-        return self.pipe.recv()
+        try:
+            self.pipe.send((QUESTIONS.index(question), number))
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            code = self.process.wait()
+            raise RuntimeError(f"a contestant's process has ended with {code}, perhaps for want of memory") from error
 
     def stop(self):
         self.pipe.send((QUESTIONS.index("stop"), 0))

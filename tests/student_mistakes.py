@@ -60,6 +60,14 @@ MISTAKES = [
         "logits - logits.max(axis=1, keepdims=True)", "logits")),
     Planted("softmax_cross_entropy_forward", "its own, not one for all", change=(
         "logits.max(axis=1, keepdims=True)", "logits.max()")),
+    Planted("softmax_cross_entropy_forward", "do not take the log of a probability", """
+        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = exp / exp.sum(axis=1, keepdims=True)
+        log_p = np.log(probabilities)
+        loss = -log_p[np.arange(len(labels)), labels].mean() * (1 - label_smoothing)
+        if label_smoothing:
+            loss -= label_smoothing * log_p.mean()
+        return loss, probabilities"""),
     Planted("softmax_cross_entropy_forward", "wrong axis", change=(
         "exp.sum(axis=1, keepdims=True)", "exp.sum(axis=0, keepdims=True)")),
     Planted("softmax_cross_entropy_forward", "sign is the other way round", change=("loss = -log", "loss = log")),
@@ -100,6 +108,7 @@ MISTAKES = [
                 out = np.maximum(out, x[pixels_of_tap(h, w, x.shape, kernel_size, stride)])
         return out"""),
     Planted("max_pool2d_backward", "= keeps that of the last", change=("dx[pixels] +=", "dx[pixels] =")),
+    Planted("max_pool2d_backward", "the first alone should", change=(" & waiting", "")),
     Planted("max_pool2d_backward", "only the largest one", change=("dout * is_largest", "dout")),
     Planted("im2col", "(c, h, w); it should be (h, w, c)", change=("(0, 1, 2, 4, 5, 3)", "(0, 1, 2, 3, 4, 5)")),
     Planted("im2col", "repeats the border", change=("(0, 0)))", "(0, 0)), mode='edge')")),
@@ -203,6 +212,20 @@ MISTAKES = [
         "draw_below(H, words[:, 0]) - size // 2, draw_below(W, words[:, 1]) - size // 2",
         "draw_below(H - size + 1, words[:, 0]), draw_below(W - size + 1, words[:, 1])")),
     Planted("cutout", "H and W exchanged", change=("draw_below(H, ", "draw_below(W, ")),
+    Planted("cutout", "counts from the end", """
+        out, (N, H, W, _) = images.copy(), images.shape
+        for n in range(N):
+            rng = np.random.default_rng([key, epoch, start + n])
+            top, left = rng.integers(H) - size // 2, rng.integers(W) - size // 2
+            out[n, top : top + size, left : left + size] = color
+        return out"""),
+    Planted("cutout", "never reaches beyond", """
+        out, (N, H, W, _) = images.copy(), images.shape
+        for n in range(N):
+            rng = np.random.default_rng([key, epoch, start + n])
+            top, left = max(rng.integers(H) - size // 2, 0), max(rng.integers(W) - size // 2, 0)
+            out[n, top : top + size, left : left + size] = color
+        return out"""),
     Planted("cutout", "draw for each image", change=(
         "random_words(N, key, epoch, CUTOUT_STREAM, xp=xp, start=start)",
         "random_words(1, key, epoch, CUTOUT_STREAM, xp=xp).repeat(N, 0)")),

@@ -130,6 +130,31 @@ def test_dropout_is_used_whole_or_not_at_all():
     assert "dropout_mask" in usable(results, anyway=True)
 
 
+def test_a_mask_of_ones_own_that_is_written_twice_is_right():
+    draw = "(np.random.default_rng([key, step]).random({0}.shape) >= p).astype({0}.dtype) / (1 - p)"
+    bodies = {
+        "dropout_mask": f"return {draw.format('x')}",
+        "dropout_forward": "return x * dropout_mask(x, p, key, step)",
+        "dropout_backward": f"return dout * {draw.format('dout')}",
+    }
+    text = "\n\n\n".join(with_body(name, body) for name, body in bodies.items())
+    learner = Learner(f"{source.HEADER}{source.imports_of_solutions()}\n\n{text}")
+    assert {name: learner.judge(name) for name in bodies} == dict.fromkeys(bodies, (RIGHT, ""))
+
+
+def test_a_file_with_a_mark_at_its_beginning_is_read(mine, command):
+    mine.write_bytes(b"\xef\xbb\xbf" + mine.read_bytes())
+    assert command("list", mine).splitlines()[-1] == "33 to do"
+
+
+def test_of_two_definitions_the_last_is_reset(mine, command):
+    blank = mine.read_text()
+    mine.write_text(f"{blank}\n\ndef relu_forward(x):\n    return x\n")
+    command("reset", mine, "relu_forward")
+    assert mine.read_text().startswith(blank)
+    assert "return x\n" not in mine.read_text()
+
+
 def test_without_a_compiler_the_cuda_kernel_is_not_checked_and_one_line_says_so(solved, monkeypatch):
     monkeypatch.setattr(cuda_emulator, "COMPILER", None)
     status, sentence = solved.judge("SGD_CUDA")

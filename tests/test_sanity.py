@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lessons import sanity
 
-from minires import BatchNorm2d, Bias2d, Conv2d, GlobalAvgPool2d, Linear, Module, Sequential, cifar10
+from minires import BatchNorm2d, Bias2d, Conv2d, GlobalAvgPool2d, Linear, Module, Parameter, Sequential, cifar10
 from minires.augment import normalize
 from minires.training import UsageError
 
@@ -152,6 +152,38 @@ def test_a_layer_that_is_asked_for_no_dx_is_watched(images_and_labels):
     images, labels = images_and_labels
     _, scales = sanity.train(Mine(), sanity.batches(images, labels, 1), LR, measured=(1,))
     assert all(scale.gradient > 0 for scale in scales[0])
+
+
+class FromZero(Small):
+    """The weights of the last layer start at 0: at the first step nothing flows back through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers()[-1].weight.data[...] = 0
+
+
+def test_weights_that_start_at_0_are_no_fault(images_and_labels):
+    assert failures(FromZero, *images_and_labels)[0] == {}
+
+
+def test_parameters_in_a_list_have_a_scale(images_and_labels):
+    class Listed(Module):
+        def __init__(self):
+            self.weights = [Parameter(np.random.default_rng(0).standard_normal((3, 10)))]
+
+        def forward(self, x):
+            x = x.mean((1, 2))
+            self._keep(x)
+            return x @ self.weights[0].data
+
+        def backward(self, dout):
+            (x,) = self._take_cache()
+            self.weights[0].grad += x.T @ dout
+            return dout @ self.weights[0].data.T
+
+    images, labels = images_and_labels
+    _, (scales,) = sanity.train(Listed(), sanity.batches(images, labels, 1), LR, measured=(1,))
+    assert [(scale.name, scale.ratio > 0) for scale in scales] == [("model", True)]
 
 
 def test_watching_leaves_a_model_as_it_was(images_and_labels):

@@ -179,8 +179,8 @@ def stamp(path):
 
 def place(path, name):
     lines = read(path).split("\n")
-    found = next((i for i, line in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b|{name} = ", line)), None)
-    return f"{path}:{found}" if found else f"not in {path}: reset puts its blank back"
+    found = [i for i, line in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b|{name} = ", line)]
+    return f"{path}:{found[-1]}" if found else f"not in {path}: reset puts its blank back"
 
 
 def hint(args):
@@ -232,7 +232,7 @@ def region(text, name):
     """Return (start, end) of the lines of an exercise, also in a file that is no Python now; equal if not there."""
     lines = text.split("\n")
     try:
-        for node in ast.parse(text).body:
+        for node in reversed(ast.parse(text).body):  # of two definitions Python takes the last
             target = getattr(node, "targets", [None])[0]
             if name in (getattr(node, "name", None), getattr(target, "id", None)):
                 decorators = [d.lineno for d in getattr(node, "decorator_list", [])]
@@ -244,12 +244,12 @@ def region(text, name):
     if not starts:
         return 0, 0
     following = (
-        i for i, line in enumerate(lines) if i > starts[0] and re.match(r"def |class |@|# \d+  |[A-Z_]+ = ", line)
+        i for i, line in enumerate(lines) if i > starts[-1] and re.match(r"def |class |@|# \d+  |[A-Z_]+ = ", line)
     )
     end = next(following, len(lines))
     while not lines[end - 1].strip():
         end -= 1
-    return starts[0], end
+    return starts[-1], end
 
 
 def kept_name(path, name):

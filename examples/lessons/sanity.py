@@ -120,7 +120,12 @@ def watched(model):
         if list(layer.attributes(minires.Parameter)) or not list(layer.named_children())
     }
     scales = {name: Scale(name or "model") for name in layers}
-    before = {name: parameter.data.copy() for name, parameter in model.named_parameters() if parameter.data.ndim >= 2}
+    matrices = [  # biases and BatchNorm's parameters start at 0 and 1, and tell nothing
+        (scales[name], parameter, parameter.data.copy())
+        for name, layer in layers.items()
+        for _, parameter in layer.attributes(minires.Parameter)
+        if parameter.data.ndim >= 2
+    ]
 
     def watch(layer, scale):
         forward, backward = layer.forward, layer.backward
@@ -143,10 +148,8 @@ def watched(model):
     finally:
         for layer in layers.values():
             del layer.forward, layer.backward
-    for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        if name in before:  # biases and BatchNorm's parameters start at 0 and 1, and tell nothing
-            scales[owner].ratio = float(np.linalg.norm(parameter.data - before[name]) / np.linalg.norm(before[name]))
+    for scale, parameter, before in matrices:
+        scale.ratio = float(np.linalg.norm(parameter.data - before) / np.linalg.norm(before))
 
 
 def last(losses):
@@ -201,13 +204,14 @@ def wrong_with_100_lr(exploded):
 
 def wrong_scales(scales):
     first, after = scales[0], scales[-1]
-    silent = [scale.name for scale in first if scale.gradient == 0]
+    # at both steps: where weights start at 0, nothing flows back through them at the first
+    silent = [a.name for a, b in zip(first, after, strict=True) if a.gradient == b.gradient == 0]
     if silent:
         return f"nothing flows back to {silent[0]}: a backward leaves out a way on which it influences the loss"
     still = [scale.name for scale in after if scale.ratio == 0]
     if still:
         return f"the weights of {still[0]} do not move: its backward does not fill their gradient"
-    large = [scale.activation for scale in first if scale.ratio is not None]
+    large = [scale.activation for scale in first if scale.ratio is not None and scale.activation]
     if large and not max(large) < 1000 * min(large):
         return "the scale changes from layer to layer: initial weights of another variance than 2 / n (see Conv2d)"
     fast = [scale for scale in after if scale.ratio is not None and not 1e-5 < scale.ratio < 0.1]
@@ -226,7 +230,7 @@ def scales_in_words(scales):
 
 def print_table(scales, steps):
     print(f"\n{'standard deviation of':20} {'output':>19} {'its gradient':>19} {'update / weight':>19}")
-    print(f"{'at step':20}" + f" {1:9} {steps:9}" * 3)
+    print(f"{'at step':20}" + f" {steps[0]:9} {steps[-1]:9}" * 3)
     for first, after in zip(scales[0], scales[-1], strict=True):
         ratios = ["-" if scale.ratio is None else f"{scale.ratio:.1e}" for scale in (first, after)]
         print(
@@ -245,7 +249,7 @@ def draw(scales, steps, path):
         titles = ("deviation of the output", "deviation of its gradient", "update / weight")
         for axes, title, value in zip(panels, titles, ("activation", "gradient", "ratio"), strict=True):
             rows = [getattr(scale, value) is not None for scale in scales[0]]
-            for step, of_step in zip((1, steps), scales, strict=True):
+            for step, of_step in zip(steps, scales, strict=True):
                 named = [scale for scale, shown in zip(of_step, rows, strict=True) if shown]
                 values = [getattr(scale, value) for scale in named]
                 axes.plot(values, range(len(named)), "o-", ms=4, label=f"step {step}")
@@ -276,6 +280,7 @@ def load_class(text):
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(pathlib.Path(path).absolute().parent))  # it may import what lies beside it
+    sys.modules.setdefault(spec.name, module)  # where dataclasses look
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, minires.Module)):
@@ -326,8 +331,9 @@ def main():
             raise
         note(f"error: {line_of_theirs(error, pathlib.Path(args.module.rpartition(':')[0]))}")
         return 1
-    print_table(scales, len(trained))
-    draw(scales, len(trained), args.picture)
+    steps = (1, STEPS)[: len(scales)]  # fewer if a loss was not finite
+    print_table(scales, steps)
+    draw(scales, steps, args.picture)
     return 1 if failed else 0
 
 

@@ -76,7 +76,7 @@ def suspects_of_relu_backward(a, e):
 
 
 def cases_of_softmax(rng):
-    far = np.array([[1000.0, 1001.0, 999.0], [-2000.0, -2001.0, -1999.5]])
+    far = np.array([[1000.0, 1001.0, 999.0], [-2000.0, -2001.0, -1999.5], [0.0, 800.0, 1600.0]])
     for logits, smoothing, dloss in (
         (2 * rng.standard_normal((5, 4)), 0.0, 1.0),
         (2 * rng.standard_normal((5, 4)), 0.0, 0.7),
@@ -85,7 +85,7 @@ def cases_of_softmax(rng):
         (rng.standard_normal((1, 2)), 0.1, 1.0),
     ):
         N, K = logits.shape
-        labels = rng.integers(K, size=N)
+        labels = logits.argmin(axis=1) if logits is far else rng.integers(K, size=N)  # of which p may be 0
         probabilities = reference().softmax_cross_entropy_forward(logits, labels)[1]
         case = {"logits": logits, "labels": labels, "label_smoothing": smoothing}
         yield {**case, "dloss": dloss, "probabilities": probabilities}
@@ -198,11 +198,17 @@ def pixels_in(a):
 
 
 def cases_of_max_pool(rng):
-    for shape, kernel_size, stride in (((2, 5, 7, 3), (2, 2), 2), ((2, 6, 5, 2), (3, 2), 1), ((1, 7, 7, 1), (3, 3), 2)):
+    for shape, kernel_size, stride, ties in (
+        ((2, 5, 7, 3), (2, 2), 2, False),
+        ((2, 6, 5, 2), (3, 2), 1, False),
+        ((1, 7, 7, 1), (3, 3), 2, False),
+        ((2, 6, 6, 2), (2, 2), 1, True),
+    ):
         x = rng.standard_normal(shape) - 1.5  # windows of negative numbers are among them
+        x = np.round(x) if ties else x  # several pixels of a window are the largest, as after a ReLU
         out = reference().max_pool2d_forward(x, kernel_size, stride)
         dout = rng.standard_normal(out.shape)
-        yield {"x": x, "kernel_size": kernel_size, "stride": stride, "out": out, "dout": dout}
+        yield {"x": x, "kernel_size": kernel_size, "stride": stride, "out": out, "dout": dout, "kink": ties}
 
 
 def taps(a):
@@ -229,6 +235,14 @@ def suspects_of_max_pool_backward(a, e):
         for pixels in taps(a):
             dx[pixels] = a.dout * (a.x[pixels] == a.out)
         return dx
+
+    def to_each_largest():
+        dx = np.zeros_like(a.x)
+        for pixels in taps(a):
+            dx[pixels] += a.dout * (a.x[pixels] == a.out)
+        return dx
+
+    yield "dx", "Of several largest pixels in a window each gets dout; the first alone should.", to_each_largest
 
     def assigned_where_largest():
         dx = np.zeros_like(a.x)
@@ -336,6 +350,8 @@ def suspects_of_col2im(a, e):
     yield "dx", sentence, lambda: scatter(a, lambda old, new: new)[cut]
     yield "dx", sentence, lambda: assigned_by_window(a)
     yield "dx", "The padding is not cut off: its pixels are no pixels of x.", lambda: scatter(a, add)
+    sentence = "Without padding, padding:-padding is 0:0, which is nothing: write padding : padding + H."
+    yield "dx", sentence, lambda: scatter(a, add)[:, p:-p, p:-p]
     yield (
         "dx",
         "The padding is cut off at one side only: rows padding to padding + H are those of x.",

@@ -37,7 +37,7 @@ EXPLAINED = {  # what NumPy says in its own words
     "broadcast": "Shapes are compared from the last axis on: each pair must be equal, or one of the two 1. "
     "keepdims=True keeps an axis that is summed over, with length 1.",
     "cannot reshape": "A reshape keeps the number of elements.",
-    "output array is read-only": "The array is a view that must not be written to: copy() makes one of your own.",
+    "is read-only": "The array is a view that must not be written to: copy() makes one of your own.",
     "NoneType": "Something is None here: is it an argument that may be left out, such as the bias?",
 }
 LOADING = "(the file)"  # what is under way while the file itself runs
@@ -103,6 +103,8 @@ class Learner:
         mine = types.SimpleNamespace(**{**vars(reference()), name: self.own[name]})
         if name == "dropout_backward" and "dropout_forward" in self.own:
             mine.dropout_forward = self.own["dropout_forward"]
+        if name == "dropout_backward" and self.judge("dropout_mask")[0] == RIGHT:  # it may draw others
+            mine.dropout_mask = self.own["dropout_mask"]
         self.use(mine)
         try:
             self.require_signature(name)
@@ -172,7 +174,7 @@ def read(path):
     Raises      BrokenFileError if there is none, or no text in it
     """
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")  # Windows editors may begin a file with a mark
     except UnicodeDecodeError as error:
         raise BrokenFileError(f"it is no text in UTF-8 (byte {error.start})") from None
     except OSError as error:
@@ -261,6 +263,7 @@ def how_it_ended(code, stack, text, limit):
 
 
 def main(task, path, limit, reports, stack, *arguments):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     limit = float(limit)
     path = pathlib.Path(path).absolute()
     with open(reports, "w", encoding="utf-8") as report, open(stack, "w", encoding="utf-8") as stack_file:
