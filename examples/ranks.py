@@ -147,8 +147,8 @@ class Job:
             self.pipe.send((QUESTIONS.index(question), number))
             return self.pipe.recv()
         except (EOFError, OSError) as error:
-            code = self.process.wait()
-            raise RuntimeError(f"a contestant's process has ended with {code}, perhaps for want of memory") from error
+            ended = f"the process of a contestant has ended with {self.process.wait()}, perhaps for want of memory"
+            raise RuntimeError(ended) from error
 
     def stop(self):
         self.pipe.send((QUESTIONS.index("stop"), 0))

@@ -18,8 +18,9 @@ class SoftmaxCrossEntropy:
     Cached      the probabilities and the labels
     Limits      on a GPU the range of the labels is not checked: looking at them would wait for the device
     Args        label_smoothing: the share of the target that is spread evenly over all classes, 0 to 1
-    Raises      ValueError for labels that are no array or do not fit the logits, and for a dloss that is an array;
-                TypeError for logits that are no array and what is no number; RuntimeError for backward without forward
+    Raises      ValueError for labels that are no array, do not fit the logits or are on another device, for a smoothing
+                outside 0 to 1, and for a dloss that is an array; TypeError for logits that are no array and what is no
+                number; RuntimeError for backward without forward
     Ranks       where several processes share a batch (training/distributed.py), the mean is over all of it, and each
                 process gives the gradient of that mean by the logits of its own images, of which there may be none
     Source      PyTorch's CrossEntropyLoss

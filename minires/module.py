@@ -116,8 +116,8 @@ class Module:
         return cache
 
     def attributes(self, kind):
-        """Yield (name, value) for each attribute of a kind, and those in lists and dicts as (name.0, value), (name.key,
-        value) and so on.
+        """Yield (name, value) for each attribute of a kind but the cache, and those in lists and dicts as (name.0,
+        value), (name.key, value) and so on.
         """
         return _walk({name: value for name, value in vars(self).items() if name != "_cache"}, kind, "")
 

@@ -164,8 +164,8 @@ BUGS = [
     bug(
         "muon: the velocity is never slowed down",
         REFERENCE,
-        "velocity *= momentum\n        velocity += grad_scale * grad\n        direction",
-        "velocity += grad_scale * grad\n        direction",
+        "velocity *= momentum\n        velocity += grad_scale * grad",
+        "velocity *= 1\n        velocity += grad_scale * grad",
         "optim::test_muon_replaces_a_share_of_a_filter_and_keeps_its_norm",
     ),
     bug(

@@ -540,7 +540,7 @@ def test_a_run_of_processes_is_that_of_one_and_can_be_resumed(tmp_path):
 @pytest.mark.parametrize(
     ("raised", "line"),
     [
-        ("MemoryError('no room')", "error: rank 1: no room; a run that had begun is in its last checkpoint"),
+        ("MemoryError('no room')", "error: rank 1: out of memory: no room"),
         ("ValueError('odd')", "error: rank 1: ValueError: odd (--debug shows the place)"),
         ("SystemExit(7)", "error: rank 1: exit code 7"),
     ],

@@ -159,7 +159,7 @@ def test_without_a_compiler_the_cuda_kernel_is_not_checked_and_one_line_says_so(
     monkeypatch.setattr(cuda_emulator, "COMPILER", None)
     status, sentence = solved.judge("SGD_CUDA")
     assert status in (RIGHT, NOT_CHECKED)  # right where there is a GPU
-    assert status == RIGHT or sentence == "needs a GPU, or g++ for the emulator, and neither is here"
+    assert status == RIGHT or sentence == "needs a GPU, or g++ on Linux for the emulator, and neither is here"
 
 
 # The script, as people run it

@@ -221,6 +221,21 @@ def test_a_run_that_ends_early_counts_its_last_epoch(tmp_path):
     assert load_checkpoint(tmp_path)[1]["step"] == 2 * STEPS
 
 
+def test_a_run_without_validation_that_ends_early_keeps_its_last_weights(tmp_path):
+    model = network()
+    with Run(tmp_path) as run:
+        run.track(model, Adam(model.parameters(), lr=0.01), epochs=5, steps_per_epoch=STEPS)
+        for epoch in run.epochs():
+            for _ in run.steps(batches(epoch)):
+                pass
+            if epoch == 2:
+                break
+        assert run.finish({})["best_epoch"] == 2
+    weights, metadata = load_weights(tmp_path / "best.safetensors")
+    assert metadata["epoch"] == 2
+    assert all((array == model.state_dict()[name]).all() for name, array in weights.items())
+
+
 def test_a_run_without_validation_that_is_prolonged_keeps_its_new_last_weights(tmp_path, monkeypatch):
     train(tmp_path, validate=False)
     monkeypatch.setattr(sys.modules[__name__], "EPOCHS", 3)

@@ -432,7 +432,7 @@ def planted(project, bug):
 
 
 def copy_project(folder, leave_out=()):
-    """Copy this project into a folder that does not exist or is empty, but no hidden files, runs and bytecode.
+    """Copy this project into a folder that does not exist or is empty, without what is hidden, runs and builds.
 
     Args        leave_out: names of files and folders
     """

@@ -95,8 +95,8 @@ def default_directory():
     except RuntimeError:
         where = f"for MINIRES_DATA, which is {named}" if named else "here, where CIFAR-10 would be"
         raise DataError(
-            f"there is no home folder {where}: let MINIRES_DATA name one, or name the folder (download DIR, verify "
-            "DIR, --data DIR)"
+            f"there is no home folder {where}: let MINIRES_DATA name one, or name the folder (load(DIR), "
+            "download DIR, verify DIR, --data DIR)"
         ) from None
 
 

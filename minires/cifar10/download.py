@@ -134,7 +134,8 @@ def lock(path):
     """Keep other processes out until the block ends; wait for one that is in.
 
     The operating system holds the lock for as long as the process lives, so a killed one leaves none behind. The empty
-    file stays: whoever deletes a lock file can delete the one that another process has just taken.
+    file stays: whoever deletes a lock file can delete the one that another process has just taken. Where a file system
+    has no locks, nobody is kept out.
     """
     with open(path, "ab") as file:
         for attempt in itertools.count():

@@ -154,7 +154,7 @@ def contiguous(*arrays):
 
 
 def add(a, b):
-    """See `reference.add`."""
+    """See `reference.add`; here the sum has the dtype of a."""
     a, b = contiguous(a, b.astype(a.dtype, copy=False))
     out = array_module(a).empty_like(a)
     V = vector(a.size, a)

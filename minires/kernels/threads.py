@@ -24,8 +24,8 @@ import threading
 
 import numpy as np
 
-# How large the pieces are, found by trying on AMD; on Intel nothing was better (examples/RESULTS.md). They decide in
-# which order sums are added.
+# How large the pieces are, found by trying on AMD; on Intel nothing was better by more than 3 % (examples/RESULTS.md).
+# They decide in which order sums are added.
 BLOCK = 2**19  # numbers in a piece for elementwise work: with smaller ones, threads wait for Python's lock too often
 SMALLEST_BLOCK = 2**18  # a piece is an eighth of all if that is less than BLOCK, for more threads; but not below this
 GROUPS = 16  # sums that are kept apart: as many threads can share the work, and no more

@@ -79,7 +79,8 @@ def check_space(folder, checkpoint, weights, folder_flag=None):
 
     Three checkpoints are there while one is written: the new one, the one it follows, and the one before.
 
-    Args        folder: of the run, which may not be there yet; checkpoint, weights: bytes of each kind of file
+    Args        folder: of the run, which may not be there yet; checkpoint, weights: bytes of each kind of file;
+                folder_flag: see `new_folder`
     Raises      UsageError that says how much there is and how much a run takes
     """
     folder = folder.absolute()

@@ -310,8 +310,14 @@ class Run:
             raise Interrupted(128 + signal)  # as shells count a process that a signal has ended
 
     def finish(self, result):
-        """Write result.json, with what is known of the weights that were kept and the seconds; return it all."""
+        """Write result.json, with what is known of the weights that were kept and the seconds; return it all.
+
+        Where the loop over epochs was left early, the epoch in which it was left is the last, and is ended first.
+
+        Raises      RuntimeError where the loop over that epoch's steps was left before its end
+        """
         if self.step > len(self.history) * self.steps_per_epoch:  # the loop over epochs was left early
+            self.num_epochs = self.epoch
             self._end_epoch(first=not self.history)
             self._save_unsaved()
         best = best_of(self.history)

@@ -1,8 +1,8 @@
 """Is an exercise right? If not: which result is wrong, for which input, how far off, and what it looks like.
 
 Two ways to be sure. `diagnose` compares with the solution in float64, then looks which of the usual mistakes gives just
-the numbers that came. And every gradient is compared with what the forward does when its input moves a little, as in
-minires/gradcheck.py; dout is random, as a dout of ones hides mistakes.
+the numbers that came. And every gradient is compared with what the forward does when its input moves a little, but at
+ties, as in minires/gradcheck.py; dout is random, as a dout of ones hides mistakes.
 
 A check must refuse what is wrong, and must not care how it is written: it looks at results, never at the code.
 tests/test_exercises.py plants mistakes in every exercise.
@@ -33,7 +33,8 @@ class MistakeError(Exception):
 class Check(NamedTuple):
     """How a function is checked.
 
-    results: names of what it returns; cases: rng -> argument dicts (further entries serve loss and suspects);
+    results: names of what it returns; cases: rng -> argument dicts (further entries serve loss and suspects; kink is
+        True where moving an input tells nothing, as at a tie);
     suspects: (case, expected results) -> (name, sentence, what the mistake would give), and so on;
     sizes: case -> {name: number} by which a result is often multiplied or divided by mistake;
     overflow: what to say where a result is not finite;

@@ -3,7 +3,7 @@
 `check_file` starts this module as a process of its own and gives it a time limit, so that an endless loop, a crash or
 an exit() in the file ends nothing else. The file is only ever read: it is compiled from its text, and nothing is
 written beside it, not even bytecode. What an exercise calls of other exercises is minires's while it is checked, so
-that one mistake shows once.
+that one mistake shows once; dropout's backward alone is checked with the learner's own mask and forward.
 """
 
 import ast

@@ -1,8 +1,8 @@
 """The course of the exercises, and what each takes from minires: its blank, its solution, its hints.
 
 Nothing is written down twice. Signatures, docstrings and solutions are read from minires's own files by `ast`, so they
-change when these do. Three exercises have no function of their own there: their signature and first sentence are here,
-and the solution is put together from the lines that do it (the initial weights from Conv2d, the matrices from
+change when these do. Three exercises have no function of their own there: their signature and docstring are here, and
+the solution is put together from the lines that do it (the initial weights from Conv2d, the matrices from
 winograd.py, the tile from its examples). The CUDA kernel is that of gpu.cu, with its comment.
 """
 

@@ -406,7 +406,7 @@ def cuda_library():
     except Exception:
         raise NotCheckedError("needs a GPU, or the emulator in the folder tests of a clone of minires") from None
     if cuda_emulator.COMPILER is None:
-        raise NotCheckedError("needs a GPU, or g++ for the emulator, and neither is here")
+        raise NotCheckedError("needs a GPU, or g++ on Linux for the emulator, and neither is here")
     return strict_array
 
 
@@ -424,7 +424,7 @@ def check_cuda(mine):
             lines = [line for line in f"{said.read()}\n{error}".splitlines() if "error" in line]
             emulated = xp.__name__ == "strict_array"
             if emulated and lines and not any("SGD_CUDA" in line for line in lines):  # not the learner's
-                raise NotCheckedError("needs a GPU, or a g++ that compiles the emulator, and neither is here") from None
+                raise NotCheckedError("needs a GPU, or g++ on Linux for the emulator, and neither is here") from None
             raise MistakeError(f"It does not compile: {lines[0] if lines else error}") from None
         finally:
             os.dup2(stderr, 2)
