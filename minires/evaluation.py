@@ -79,8 +79,8 @@ def evaluation_mode(model):
 def checked_batch_size(images, batch_size):
     """Return the batch size as a Python integer, which never runs over, if it and the images are as they should be."""
     check_array("predict_logits", images)
-    if images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"predict_logits expects images (N, H, W, 3), at least one of them, got {images.shape}")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"predict_logits expects images (N, H, W, C), at least one of them, got {images.shape}")
     if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         raise ValueError(f"predict_logits: batch_size must be an integer of at least 1, got {batch_size!r}")
     return int(batch_size)
@@ -89,7 +89,7 @@ def checked_batch_size(images, batch_size):
 def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lambda: None):
     """Run images through a model in evaluation mode, a batch at a time; each part's mode is restored.
 
-    Shapes      images (N, H, W, 3) uint8, on host or device  ->  logits (N, K), on the host
+    Shapes      images (N, H, W, C) uint8, on host or device  ->  logits (N, K), on the host
     Args        tta: test-time augmentation, the mean of the logits of each image and of its mirror image; stop: called
                 before each batch; what it raises leaves the rest undone
     """
@@ -112,7 +112,7 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
 def evaluate(model, images, labels, mean, std, batch_size=200, tta=False, stop=lambda: None, *, predict=predict_logits):
     """Return the mean loss and the accuracy over all the images, as Python floats.
 
-    Shapes      images (N, H, W, 3) uint8, labels (N,) on the host
+    Shapes      images (N, H, W, C) uint8, labels (N,) on the host
     Args        tta, stop: see `predict_logits`; predict: another function that does what `predict_logits` does
     """
     logits = predict(model, images, mean, std, batch_size, tta, stop)
@@ -125,7 +125,7 @@ def confusion_matrix(labels, predictions, num_classes):
     Shapes      labels (N,), predictions (N,)  ->  (K, K): row the label, column the prediction
     Raises      ValueError for what are no integers from 0 to K - 1, or not as many of the one as of the other
     """
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    labels, predictions, num_classes = np.asarray(labels), np.asarray(predictions), int(num_classes)
     if labels.ndim != 1 or labels.shape != predictions.shape:
         raise ValueError(f"confusion_matrix expects (N,) twice, got {labels.shape} and {predictions.shape}")
     for name, classes in (("labels", labels), ("predictions", predictions)):

@@ -22,6 +22,7 @@ Source      the directional derivative as a check: Maclaurin, Duvenaud and other
 
 import copy
 import math
+import numbers
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
         layer.train().to(device, dtype)
         for parameter in layer.parameters():
             parameter.grad[...] = 0
-    x = np.array(x, dtype=dtype)
+    x = np.array(to_numpy(x) if hasattr(x, "shape") else x, dtype=dtype)  # images may be on a GPU
     if not x.size:
         raise ValueError(f"check_gradients: x must hold numbers, got {x.shape}: there would be nothing to check")
     if not np.isfinite(x).all():
@@ -70,7 +71,10 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
     x_there = to_device(x, device)  # x itself on the CPU
     x_before = x.copy()
     out = worker.forward(x_there, *args)
-    dout = np.asarray(rng.standard_normal(out.shape), dtype)
+    is_array = hasattr(out, "shape")  # else it may be a plain number, as a loss is
+    told = f"{title}: forward should return an array, and returned a {type(out).__name__}"
+    require(is_array or isinstance(out, numbers.Real), told)
+    dout = np.asarray(rng.standard_normal(out.shape if is_array else ()), dtype)
     dout_there, dout_before = to_device(dout, device), dout.copy()
     gradients = {"x": worker.backward(dout_there)}
     same = [np.array_equal(to_numpy(a), b) for a, b in ((x_there, x_before), (dout_there, dout_before))]
@@ -139,4 +143,5 @@ def loss_along(layer, x, args, dout, name, change, device):
         x = x + change
     else:
         dict(layer.named_parameters())[name].data += to_device(change, device)
-    return np.sum(dout * to_numpy(layer.forward(to_device(x, device), *args)), dtype=np.float64)
+    out = layer.forward(to_device(x, device), *args)
+    return np.sum(dout * (to_numpy(out) if hasattr(out, "shape") else out), dtype=np.float64)

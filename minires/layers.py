@@ -313,7 +313,7 @@ class Conv2d(Module):
                 default has a sixth of that variance
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, rng=None):
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, *, bias=True, rng=None):
         in_channels, out_channels, kernel_size, stride = _integers(
             "Conv2d", in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride
         )

@@ -30,7 +30,8 @@ class Buffer:
         self.torch_axes = torch_axes or tuple(range(data.ndim))
 
     def to(self, device=None, dtype=None):
-        self.data = move(self.data, device, dtype)
+        """Move to a device; a dtype is for real numbers alone, and integers stay what they are."""
+        self.data = move(self.data, device, dtype if self.data.dtype.kind == "f" else None)
 
 
 class Parameter(Buffer):
@@ -125,11 +126,18 @@ class Module:
         """Yield (name, module) for each direct part."""
         return self.attributes(Module)
 
-    def named_modules(self, prefix=""):
-        """Yield (dotted name, module) for this module and every part of it, each before its own parts."""
+    def named_modules(self, prefix="", seen=None):
+        """Yield (dotted name, module) for this module and every part of it, each before its own parts.
+
+        A part with two names counts once, by the first: `seen` are those that came before.
+        """
+        seen = set() if seen is None else seen
+        if id(self) in seen:
+            return
+        seen.add(id(self))
         yield prefix, self
         for name, child in self.named_children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name, seen)
 
     def modules(self):
         return [module for _, module in self.named_modules()]

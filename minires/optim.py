@@ -78,7 +78,7 @@ class SGD:
                 self.flat.data[part],
                 self.flat.grad[part],
                 None if self.flat_velocity is None else self.flat_velocity[part],
-                self.lr * lr_factor,
+                float(self.lr * lr_factor),  # a np.float64 would make the arithmetic that of float64
                 self.momentum,
                 self.nesterov,
                 weight_decay,
@@ -134,7 +134,7 @@ class Muon(SGD):
         filters = [(self.params[i].data, self.params[i].grad, velocities[i]) for i in self.filters]
         if filters:
             kernels_for(self.flat.data).muon_update(
-                *zip(*filters, strict=True), self.lr * self.filter_lr, self.filter_momentum, grad_scale
+                *zip(*filters, strict=True), float(self.lr * self.filter_lr), self.filter_momentum, grad_scale
             )
 
 
@@ -196,7 +196,7 @@ class Adam:
                 self.flat_m[part],
                 self.flat_v[part],
                 self.steps,
-                self.lr * lr_factor,
+                float(self.lr * lr_factor),  # a np.float64 would make the arithmetic that of float64
                 self.betas,
                 self.eps,
                 weight_decay,

@@ -56,7 +56,7 @@ def layer_rows(model, input_shape=(32, 32, 3)):
     """Return the rows of the table: a layer's name, the shape of its output, (C, H, W) or (C,), its parameters."""
     shapes = output_shapes(model, input_shape)
     rows = []
-    for module in parts_first(model):
+    for module in dict.fromkeys(parts_first(model)):  # one with two names counts once
         own = sum(p.data.size for _, p in module.attributes(Parameter))
         is_block = any(True for _ in module.named_children())
         if module in shapes and (own or is_block) and not isinstance(module, Sequential):

@@ -24,7 +24,7 @@ Source      Müller and Hutter 2021, "TrivialAugment: tuning-free yet state-of-t
 import functools
 import math
 
-from minires.augment import draw_below
+from minires.augment import check_images, draw_below
 from minires.backend import array_module
 from minires.rng import random_words
 
@@ -56,7 +56,8 @@ def trivial_augment(images, key, epoch, start=0):
     Shapes      images (N, H, W, 3) uint8  ->  the same
     Raises      ValueError for images of another dtype or number of channels: the operations are defined on bytes
     """
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != "uint8":
+    check_images("trivial_augment", images)
+    if images.shape[3] != 3 or images.dtype != "uint8":
         raise ValueError(f"trivial_augment expects images (N, H, W, 3) of uint8, got {images.shape} of {images.dtype}")
     if not images.size:
         return images

@@ -169,6 +169,13 @@ BUGS = [
         "optim::test_muon_replaces_a_share_of_a_filter_and_keeps_its_norm",
     ),
     bug(
+        "muon: the gradient is not scaled where it is orthogonalised",
+        REFERENCE,
+        "orthogonalize((grad_scale * grad + momentum * velocity)",
+        "orthogonalize((grad + momentum * velocity)",
+        "optim::test_muon_replaces_a_share_of_a_filter_and_keeps_its_norm",
+    ),
+    bug(
         "Adam's correction lacks the power",
         REFERENCE,
         "param -= (lr / (1 - beta1**step))",

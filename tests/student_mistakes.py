@@ -51,6 +51,7 @@ MISTAKES = [
     Planted("linear_backward", "writes to dout", "dout *= 1.5\nreturn dout @ weight.T, x.T @ dout, dout.sum(axis=0)"),
     Planted("linear_backward", "should return 3 results", "return dout @ weight.T, x.T @ dout"),
     Planted("relu_forward", "|x|", "return np.abs(x)"),
+    Planted("relu_forward", "np.maximum compares", "return np.max(x, 0)"),
     Planted("relu_forward", "writes to x", "x[x < 0] = 0\nreturn x"),
     Planted("relu_backward", "the mask is missing", "return dout.copy()"),
     Planted("relu_backward", "sign of dout", "return dout * (dout > 0)"),
@@ -86,10 +87,13 @@ MISTAKES = [
     Planted("dropout_mask", "p and 1 - p are exchanged", change=("words >= int(p", "words < int(p")),
     Planted("dropout_mask", "The scaling is missing", change=(" * (1 / (1 - p))", "")),
     Planted("dropout_mask", "scaled by 1 / p", change=(" * (1 / (1 - p))", " * (1 / p)")),
+    Planted("dropout_mask", "between 0 and 2**32", """
+        np.random.seed(key + step)
+        return (np.random.random(x.shape) >= p).astype(x.dtype) / (1 - p)"""),
     Planted("dropout_mask", "the second time", "return (np.random.random(x.shape) >= p).astype(x.dtype) / (1 - p)"),
     Planted("dropout_mask", "Another step draws the same mask", """
         return (np.random.default_rng(key).random(x.shape) >= p).astype(x.dtype) / (1 - p)"""),
-    Planted("dropout_mask", "float64 where x is float32", """
+    Planted("dropout_mask", "float64 where float32 is expected", """
         return (np.random.default_rng([key, step]).random(x.shape) >= p) / np.float64(1 - p)"""),
     Planted("dropout_forward", "scaled twice", "return x * dropout_mask(x, p, key, step) / (1 - p)"),
     Planted("dropout_backward", "another mask than the forward's",
@@ -109,6 +113,16 @@ MISTAKES = [
         return out"""),
     Planted("max_pool2d_backward", "= keeps that of the last", change=("dx[pixels] +=", "dx[pixels] =")),
     Planted("max_pool2d_backward", "the first alone should", change=(" & waiting", "")),
+    Planted("max_pool2d_backward", "is shared among", """
+        dx, taps = np.zeros_like(x), list(np.ndindex(*kernel_size))
+        pixels = [pixels_of_tap(h, w, x.shape, kernel_size, stride) for h, w in taps]
+        count = sum(x[p] == out for p in pixels)
+        for p in pixels:
+            dx[p] += dout / count * (x[p] == out)
+        return dx"""),
+    Planted("max_pool2d_backward", "the last gets dout", change=(
+        "range(kernel_size[0]):\n        for w in range(kernel_size[1]):",
+        "reversed(range(kernel_size[0])):\n        for w in reversed(range(kernel_size[1])):")),
     Planted("max_pool2d_backward", "only the largest one", change=("dout * is_largest", "dout")),
     Planted("im2col", "(c, h, w); it should be (h, w, c)", change=("(0, 1, 2, 4, 5, 3)", "(0, 1, 2, 3, 4, 5)")),
     Planted("im2col", "repeats the border", change=("(0, 0)))", "(0, 0)), mode='edge')")),
@@ -132,6 +146,7 @@ MISTAKES = [
     Planted("conv2d_forward", "The bias is missing", change=("out if bias is None else out + bias", "out")),
     Planted("conv2d_forward", "The padding is not used", "return columns_conv2d_forward(x, weight, stride, 0)"),
     Planted("conv2d_backward", "summed over the images only", change=("sum_over_rows(dout)", "dout.sum(axis=0)")),
+    Planted("conv2d_backward", "that of the last image", change=("dweight += dweight_part", "dweight = dweight_part")),
     Planted("conv2d_backward", "that of the last image", """
         for image in range(len(x)):
             part = slice(image, image + 1)
@@ -182,6 +197,22 @@ MISTAKES = [
     Planted("BasicBlock", "writes to dout", change=(
         "    def backward(self, dout):\n", "    def backward(self, dout):\n        dout *= 2\n")),
     Planted("sgd_update", "makes a new array", "param = param - lr * grad"),
+    Planted("sgd_update", "weight_decay is not used", """
+        if not momentum:
+            param -= lr * grad_scale * grad
+            return
+        g = grad_scale * grad + weight_decay * param
+        velocity *= momentum
+        velocity += g
+        param -= lr * (g + momentum * velocity if nesterov else velocity)"""),
+    Planted("sgd_update", "lr is in the velocity", """
+        g = grad_scale * grad + weight_decay * param
+        if not momentum:
+            param -= lr * g
+            return
+        velocity *= momentum
+        velocity += lr * g
+        param -= lr * g + momentum * velocity if nesterov else velocity"""),
     Planted("sgd_update", "up the gradient", change=("param -= lr * grad", "param += lr * grad")),
     Planted("sgd_update", "weight_decay has the wrong sign", change=(
         "grad = grad + weight_decay", "grad = grad - weight_decay")),
@@ -212,6 +243,21 @@ MISTAKES = [
         "draw_below(H, words[:, 0]) - size // 2, draw_below(W, words[:, 1]) - size // 2",
         "draw_below(H - size + 1, words[:, 0]), draw_below(W - size + 1, words[:, 1])")),
     Planted("cutout", "H and W exchanged", change=("draw_below(H, ", "draw_below(W, ")),
+    Planted("cutout", "from the same number", change=("draw_below(W, words[:, 1])", "draw_below(W, words[:, 0])")),
+    Planted("cutout", "cut into other batches", """
+        out, (N, H, W, _), rng = images.copy(), images.shape, np.random.default_rng([key, epoch])
+        rows, cols = (rng.integers(side, size=start + N)[start:] for side in (H, W))
+        for n in range(N):
+            top, left = rows[n] - size // 2, cols[n] - size // 2
+            out[n, max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = color
+        return out"""),
+    Planted("cutout", "and not from their sum", """
+        out, (N, H, W, _) = images.copy(), images.shape
+        for n in range(N):
+            rng = np.random.default_rng(key + epoch + start + n)
+            top, left = rng.integers(H) - size // 2, rng.integers(W) - size // 2
+            out[n, max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = color
+        return out"""),
     Planted("cutout", "counts from the end", """
         out, (N, H, W, _) = images.copy(), images.shape
         for n in range(N):

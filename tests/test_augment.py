@@ -213,6 +213,7 @@ def test_the_same_bits_on_a_device(images, strict_gpu):
         lambda x: alternating_flip(x, np.arange(len(x)), 1, 1),
         lambda x: cutout(x, 1, 1),
         lambda x: normalize(x, MEAN, STD),
+        lambda x: trivial_augment(x, 1, 1),
     ],
 )
 def test_a_single_image_is_not_taken_for_many(images, augment):

@@ -92,15 +92,17 @@ def test_a_short_batch_counts_by_its_images(rng):
 
 
 def test_classes_in_bytes_are_counted_where_they_belong():
-    matrix = confusion_matrix(np.uint8([99, 3]), [99, 98], 100)
+    matrix = confusion_matrix(np.uint8([99, 3]), [99, 98], np.uint8(100))
     assert (matrix[99, 99], matrix[3, 98], matrix.sum()) == (1, 1, 2)
 
 
 def test_images_that_are_none_or_lie_otherwise_are_named():
     model, images = ResNet((1,), (4,)), load_sample().test_images[:2]
-    for wrong in (images[:0], images.transpose(0, 3, 1, 2), images[0]):
-        with pytest.raises(ValueError, match=r"predict_logits expects images \(N, H, W, 3\), at least one .*, got \("):
+    for wrong in (images[:0], images[0]):
+        with pytest.raises(ValueError, match=r"predict_logits expects images \(N, H, W, C\), at least one .*, got \("):
             predict_logits(model, wrong, MEAN, STD)
+    with pytest.raises(ValueError, match=r"normalize expects a mean .* each channel of \(2, 3, 32, 32\)"):
+        predict_logits(model, images.transpose(0, 3, 1, 2), MEAN, STD)
     with pytest.raises(ValueError, match="expected at least one batch of images, got none"):
         measure_statistics(model, [])
     assert model.training

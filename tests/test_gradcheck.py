@@ -131,6 +131,24 @@ def test_a_gradient_that_is_not_finite_is_not_taken_for_one_that_is_set(rng):
         check_gradients(Nan(3, 2), rng.standard_normal((4, 3)))
 
 
+def test_a_forward_that_returns_a_number_is_checked_and_one_that_returns_nothing_is_named(rng):
+    class Total(Square):
+        def forward(self, x):
+            return float(np.sum(super().forward(x)))
+
+    class Nothing(Square):
+        def forward(self, x):
+            super().forward(x)
+
+    assert check_gradients(Total(), rng.standard_normal((4, 5)))["x"] < 1e-6
+    with pytest.raises(AssertionError, match="Nothing: forward should return an array, and returned a NoneType"):
+        check_gradients(Nothing(), rng.standard_normal((4, 5)))
+
+
+def test_an_input_on_a_gpu_is_taken(strict_gpu, rng):
+    check_gradients(Square(), strict_gpu.asarray(rng.standard_normal((4, 5))))
+
+
 @pytest.mark.parametrize("dx", [None, ()])
 def test_a_backward_that_returns_no_array_is_named(rng, dx):
     class Forgetful(Square):

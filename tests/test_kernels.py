@@ -49,6 +49,20 @@ def test_what_a_fast_set_lacks_is_the_references(fast, mixed):
         _ = fast.no_such_kernel
 
 
+def test_a_kernel_of_ones_own_is_called_by_what_a_star_has_imported():
+    mine, called = types.ModuleType("mine"), []
+    vars(mine).update(vars(reference))
+
+    def im2col(*args):
+        called.append(args)
+        return reference.im2col(*args)
+
+    mine.im2col = im2col
+    with kernels.use(mine):
+        Conv2d(3, 4, 3, rng=0)(np.ones((1, 5, 5, 3), np.float32))
+    assert called
+
+
 class Subclass(np.ndarray):
     """A user's own kind of array, which is NumPy's all the same."""
 

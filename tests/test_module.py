@@ -131,6 +131,25 @@ class Deeper(Module):
         self.tables = {"scales": [Parameter(np.zeros(6))], 7: {"mean": Buffer(np.zeros(7))}, "title": "none"}
 
 
+def test_a_part_with_two_names_counts_once_by_its_first():
+    class Twice(Module):
+        def __init__(self):
+            self.conv, self.relu = Linear(3, 4, rng=0), ReLU()
+            self.layers, self.whole = [self.conv, self.relu], self
+
+    model = Twice()
+    assert [name for name, _ in model.named_modules()] == ["", "conv", "relu"]
+    assert list(model.state_dict()) == ["conv.weight", "conv.bias"]
+    assert model.num_parameters() == 16
+
+
+def test_integers_stay_integers_in_another_dtype():
+    model = Sequential(Linear(3, 4, rng=0))
+    model.index = Buffer(np.arange(4))
+    model.to(dtype="float64")
+    assert (model.index.data.dtype, model.layers()[0].weight.grad.dtype) == (np.int64, np.float64)
+
+
 def test_a_parameter_that_is_kept_for_backward_is_there_once():
     class Keeps(Module):
         def __init__(self):

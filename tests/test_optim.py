@@ -190,14 +190,32 @@ def test_muon_replaces_a_share_of_a_filter_and_keeps_its_norm(rng):
     vector = Parameter(rng.standard_normal(6))
     expected_vector, p = Parameter(vector.data.copy()), filters.data.reshape(36, 6).copy()
     optimizer = Muon([filters, vector], lr=0.4, weight_decay=0.1, filter_lr=0.25, filter_momentum=0.6)
+    scaled = Parameter(filters.data.copy())
+    of_scaled = Muon([scaled], lr=0.4, filter_lr=0.25, filter_momentum=0.6)
     sgd = SGD([expected_vector], lr=0.4, momentum=0.9, nesterov=True, weight_decay=0.1)
     for grad, direction in ((Q, Q), (R, (1.6 * R + 0.36 * Q) / np.hypot(1.6, 0.36))):
         filters.grad[...], vector.grad[...], expected_vector.grad[...] = grad.reshape(3, 3, 4, 6), 0.5, 0.5
+        scaled.grad[...] = 1024 * filters.grad
         optimizer.step()
+        of_scaled.step(1 / 1024)
         sgd.step()
         p = p * np.sqrt(6) / np.linalg.norm(p) - 0.1 * gain(6) * direction
     np.testing.assert_allclose(filters.data.reshape(36, 6), p, rtol=1e-9)
     np.testing.assert_array_equal(vector.data, expected_vector.data)
+    np.testing.assert_array_equal(scaled.data, filters.data)
+
+
+@pytest.mark.parametrize("make", [SGD, Adam, Muon])
+def test_a_rate_of_numpy_gives_the_same_bits(rng, make):
+    start, grad = rng.standard_normal((2, 3, 3, 4, 6)).astype(np.float32)
+    results = []
+    for lr in (0.1, np.float64(0.1)):
+        parameter = Parameter(start.copy())
+        optimizer = make([parameter], lr=lr)
+        parameter.grad[...] = grad
+        optimizer.step()
+        results.append(parameter.data)
+    np.testing.assert_array_equal(*results)
 
 
 def test_muon_leaves_a_filter_of_zeros_or_without_gradient_finite():

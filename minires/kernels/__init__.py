@@ -87,7 +87,8 @@ def _reference_with(own):
         raise ValueError(f"kernels.use must be 'fast', 'reference' or have kernels of the reference, got {own!r}")
     copy = importlib.util.module_from_spec(reference.__spec__)
     reference.__spec__.loader.exec_module(copy)  # its functions look names up in the copy, so they find the new ones
-    vars(copy).update(kernels)
+    changed = {name: kernel for name, kernel in kernels.items() if kernel is not getattr(reference, name, None)}
+    vars(copy).update(changed)  # those that `import *` has brought stay the copy's, or they would look up the old ones
     return copy
 
 

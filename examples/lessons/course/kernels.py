@@ -62,6 +62,9 @@ def cases_of_relu(rng):
 
 
 def suspects_of_relu(a, e):
+    for axis in (0, None):
+        sentence = "np.max takes the largest number of an array; np.maximum compares element by element."
+        yield "out", sentence, lambda axis=axis: a.x.max(axis)
     yield "out", "It is |x|: negative numbers become 0, not positive.", lambda: np.abs(a.x)
     yield "out", "The small ones are kept and the large ones set to 0.", lambda: np.minimum(a.x, 0)
     yield "out", "It is the mask, 0 or 1: x itself is missing.", lambda: a.x > 0
@@ -242,7 +245,24 @@ def suspects_of_max_pool_backward(a, e):
             dx[pixels] += a.dout * (a.x[pixels] == a.out)
         return dx
 
+    def shared():
+        dx, count = np.zeros_like(a.x), sum(a.x[pixels] == a.out for pixels in taps(a))
+        for pixels in taps(a):
+            dx[pixels] += a.dout / count * (a.x[pixels] == a.out)
+        return dx
+
+    def to_the_last():
+        dx, waiting = np.zeros_like(a.x), np.ones(a.out.shape, bool)
+        for pixels in reversed(list(taps(a))):
+            largest = (a.x[pixels] == a.out) & waiting
+            dx[pixels] += a.dout * largest
+            waiting ^= largest
+        return dx
+
     yield "dx", "Of several largest pixels in a window each gets dout; the first alone should.", to_each_largest
+    sentence = "dout is shared among several largest pixels: as right, but here, as in PyTorch, the first gets all."
+    yield "dx", sentence, shared
+    yield "dx", "Of several largest pixels the last gets dout; here, as in PyTorch, the first does.", to_the_last
 
     def assigned_where_largest():
         dx = np.zeros_like(a.x)
@@ -689,6 +709,8 @@ def cases_of_sgd(rng):
     yield {**case, "momentum": 0.9, "nesterov": True}
     yield {**case, "momentum": 0.5, "weight_decay": 0.03}
     yield {**case, "momentum": 0.5, "weight_decay": 0.03, "grad_scale": 0.25}
+    yield {**case, "velocity": None, "weight_decay": 0.03, "grad_scale": 0.25}
+    yield {**case, "momentum": 0.5, "nesterov": True, "weight_decay": 0.03, "grad_scale": 0.25}
 
 
 def suspects_of_sgd(a, e):
@@ -696,28 +718,29 @@ def suspects_of_sgd(a, e):
     scale = scale or 1.0
     nesterov = getattr(a, "nesterov", False)
     g = scale * a.grad + decay * a.param
+    old = 0.0 if a.velocity is None else a.velocity
 
     def step(g, moved, plain=0.0):
         return a.param - a.lr * (g + k * moved if nesterov else moved) - plain
 
     yield "param", "The step goes up the gradient: subtract it.", lambda: 2 * a.param - e
     if decay:
-        yield "param", "weight_decay is not used.", lambda: step(scale * a.grad, k * a.velocity + scale * a.grad)
+        yield "param", "weight_decay is not used.", lambda: step(scale * a.grad, k * old + scale * a.grad)
         yield (
             "param",
             "weight_decay has the wrong sign: it is added to the gradient, and so shrinks the weights.",
-            (lambda: step(g, k * a.velocity + scale * a.grad - decay * a.param)),
+            (lambda: step(g, k * old + scale * a.grad - decay * a.param)),
         )
         decoupled = "weight_decay bypasses the velocity; here it is part of g, from the beginning."
-        yield "param", decoupled, lambda: step(g, k * a.velocity + scale * a.grad, a.lr * decay * a.param)
+        yield "param", decoupled, lambda: step(g, k * old + scale * a.grad, a.lr * decay * a.param)
         yield (
             "param",
             "grad_scale should multiply the gradient alone, before weight_decay is added.",
-            (lambda: step(g, k * a.velocity + scale * (a.grad + decay * a.param))),
+            (lambda: step(g, k * old + scale * (a.grad + decay * a.param))),
         )
-        yield "velocity", "weight_decay is not used in the velocity.", lambda: k * a.velocity + scale * a.grad
+        yield "velocity", "weight_decay is not used in the velocity.", lambda: k * old + scale * a.grad
     if scale != 1:
-        yield "param", "grad_scale is not used.", (lambda: step(a.grad, k * a.velocity + a.grad + decay * a.param))
+        yield "param", "grad_scale is not used.", (lambda: step(a.grad, k * old + a.grad + decay * a.param))
     if k:
         yield "param", "The step is taken along the gradient: momentum is not used.", lambda: a.param - a.lr * g
         averaged = "velocity is the running average, (1 - momentum) g; here g is added whole."
@@ -848,7 +871,7 @@ def linear_sizes(a):
 
 def softmax_sizes(a):
     N, K = a.logits.shape
-    return {"N": N, "K": K, "N K": N * K, "dloss": a.dloss}
+    return {"N": N, "K": K, "N K": N * K}
 
 
 KERNELS = {
@@ -927,9 +950,7 @@ KERNELS = {
     "update_running_statistics": Check(
         "running_mean running_var", cases_of_running, suspects_of_running, writes="running_mean running_var"
     ),
-    "sgd_update": Check(
-        "param velocity", cases_of_sgd, suspects_of_sgd, lambda a: {"lr": a.lr}, writes="param velocity"
-    ),
+    "sgd_update": Check("param velocity", cases_of_sgd, suspects_of_sgd, writes="param velocity"),
     "adam_update": Check("m v param", cases_of_adam, suspects_of_adam, writes="param m v"),
     "half_cosine": Check("rate", cases_of_cosine, suspects_of_cosine),
 }

@@ -18,6 +18,7 @@ from course.source import PACKAGE, reference
 from minires import backend, kernels
 
 SIGMAS = 5  # of chance, beyond which a frequency is wrong
+KEY = 2**63 + 11  # a layer's key has 64 bits
 
 
 class NotCheckedError(Exception):
@@ -37,7 +38,7 @@ def require_like(name, value, x):
         raise MistakeError(f"{name} has shape {getattr(value, 'shape', type(value).__name__)}, expected {x.shape}.")
     if value.dtype != x.dtype:
         raise MistakeError(
-            f"{name} is {value.dtype} where x is {x.dtype}: use astype(x.dtype), and Python numbers for scales."
+            f"{name} is {value.dtype} where {x.dtype} is expected: use astype, and Python numbers for scales."
         )
 
 
@@ -48,7 +49,7 @@ def check_mask(function, name="mask"):
         x = (rng.uniform(1, 2, shape) * rng.choice([-1, 1], shape)).astype(dtype)
         before = x.copy()
 
-        def draw(key=11, step=3, x=x, p=p, before=before):
+        def draw(key=KEY, step=3, x=x, p=p, before=before):
             drawn = call(function, {"x": x, "p": p, "key": key, "step": step})
             unchanged("x", x, before)
             require_like(name, drawn, x)
@@ -81,7 +82,7 @@ def check_mask(function, name="mask"):
                 round((1 - p) ** -2, 4): "It is scaled twice: dropout_mask is scaled already.",
             }.get(round(looks, 4), "")
             raise MistakeError(f"What is kept is multiplied by {looks:.4g} {given}, expected {1 / (1 - p):.4g}. {hint}")
-        for other, what in ((draw(step=4), "step"), (draw(key=12), "key")):
+        for other, what in ((draw(step=4), "step"), (draw(key=KEY + 1), "key")):
             if np.array_equal(other, mask):
                 raise MistakeError(f"Another {what} draws the same mask: it should be drawn from key and step.")
         if any(np.array_equal(np.take(mask, 0, axis), np.take(mask, 1, axis)) for axis in range(mask.ndim)):
@@ -109,9 +110,9 @@ def check_dropout_backward(mine):
     rng = np.random.default_rng(2)
     for p, dtype, shape in ((0.2, "float64", (7, 5)), (0.6, "float32", (3, 4, 5, 2))):
         x, dout = rng.uniform(1, 2, shape).astype(dtype), rng.standard_normal(shape).astype(dtype)
-        mask = forward(x=x, p=p, key=11, step=3) / x
+        mask = forward(x=x, p=p, key=KEY, step=3) / x
         before = dout.copy()
-        dx = call(mine.dropout_backward, {"dout": dout, "p": p, "key": 11, "step": 3})
+        dx = call(mine.dropout_backward, {"dout": dout, "p": p, "key": KEY, "step": 3})
         unchanged("dout", dout, before)
         require_like("dx", dx, dout)
         if close(np.asarray(dx, np.float64), dout * mask, 1e-5):
@@ -308,15 +309,25 @@ def check_cutout(mine):
         raise MistakeError(
             "The square never reaches beyond the image: its middle may be any pixel, and what is outside is cut off."
         )
+    if not covered.any(0).all():
+        raise MistakeError(
+            f"Some pixels are never covered {given}: are row and column of the middle drawn from the same number?"
+        )
     if not np.array_equal(out, cut()):
         raise MistakeError("The same key and epoch cover other pixels the second time: draw from key and epoch.")
-    if not np.array_equal(cut(images=images[100:], start=100), out[100:]):
+    if not np.array_equal(cut(images=images[100:200], start=100), out[100:200]):
         raise MistakeError(
             "An epoch cut into other batches covers other pixels: image n of a batch is number start + n."
         )
     for what, other in (("key", cut(key=2)), ("epoch", cut(epoch=3))):
         if np.array_equal(out, other):
             raise MistakeError(f"Another {what} covers the same pixels.")
+    later = (cut(epoch=3) == np.array(color)).all(-1)
+    if np.array_equal(later[:-1], covered[1:]):
+        raise MistakeError(
+            "Image n is covered as image n + 1 was in the epoch before: draw from [key, epoch, start + n], and not from "
+            "their sum."
+        )
     if not np.array_equal(cut(size=0), images):
         raise MistakeError("A square of size 0 covers nothing.")
     if (cut(size=3) == np.array(color)).all(-1).sum((1, 2)).max() != 9:
@@ -436,6 +447,8 @@ def check_cuda(mine):
         (150, {"momentum": 0.9}),
         (50, {"momentum": 0.9, "nesterov": True}),
         (150, {"momentum": 0.5, "weight_decay": 0.03, "grad_scale": 0.25}),
+        (150, {"weight_decay": 0.03, "grad_scale": 0.25}),
+        (150, {"momentum": 0.5, "nesterov": True, "weight_decay": 0.03, "grad_scale": 0.25}),
     ):
         options = base | options
         param, grad, velocity = rng.standard_normal((3, size)).astype(np.float32)
