@@ -325,7 +325,7 @@ def check_cutout(mine):
     later = (cut(epoch=3) == np.array(color)).all(-1)
     if np.array_equal(later[:-1], covered[1:]):
         raise MistakeError(
-            "Image n is covered as image n + 1 was in the epoch before: draw from [key, epoch, start + n], and not from "
+            "Image n is covered as image n + 1 was an epoch before: draw from [key, epoch, start + n], and not from "
             "their sum."
         )
     if not np.array_equal(cut(size=0), images):
