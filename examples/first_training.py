@@ -20,18 +20,18 @@ loss_function = minires.SoftmaxCrossEntropy()
 optimizer = minires.Adam(model.parameters(), lr=3e-3)
 
 for epoch in range(1, EPOCHS + 1):
-    # Each epoch takes the images in a new order, some of them mirrored
+    # Each epoch takes the images in a new order, some of them mirrored; start is the place of images[0] in the epoch
     def transform(images, index, start, epoch=epoch):
         return normalize(random_flip(images, SEED, epoch, start), cifar10.MEAN, cifar10.STD)
 
     order = np.random.default_rng([SEED, epoch]).permutation(len(data.train_images))
     losses = []
     for images, labels in minires.Batches(data.train_images, data.train_labels, order, BATCH_SIZE, transform):
-        optimizer.zero_grad()
-        logits = model(images)  # (N, 10)
-        losses.append(loss_function(logits, labels))
-        model.backward(loss_function.backward())
-        optimizer.step()
+        optimizer.zero_grad()  # gradients are added up: begin at 0
+        logits = model(images)  # (N, 10): a score for each class
+        losses.append(loss_function(logits, labels))  # how wrong the scores are, one number
+        model.backward(loss_function.backward())  # fills every gradient
+        optimizer.step()  # moves every weight against its gradient
     print(f"epoch {epoch}: training loss {np.mean(losses):.3f}")
 
 loss, accuracy = minires.evaluate(model, data.test_images, data.test_labels, cifar10.MEAN, cifar10.STD)

@@ -33,10 +33,10 @@ from minires.module import Module
 def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), seed=0, device="cpu", dtype="float64"):
     """Check the backward of a layer, a network or a loss against central differences, in float64.
 
-    For the input and for each parameter in turn, a random direction v is drawn. The backward's claim is <gradient, v>;
-    what the forward does is (L(+h) - L(-h)) / (2 h) along v, where L = <dout, forward(x)> with a random dout. Not dout
-    = 1: a sum hides errors, and the true gradient of BatchNorm is then 0. A random direction costs two forwards for a
-    whole array, and a wrong element shows in it unless chance cancels it.
+    For the input and for each parameter in turn, a random direction v is drawn. The backward's claim is <gradient, v>,
+    the sum of the products; what the forward does is (L(+h) - L(-h)) / (2 h) along v, where L = <dout, forward(x)>, so
+    that its gradient by the output is dout. That is random: ones hide errors, and BatchNorm's true gradient is then 0.
+    A direction costs two forwards for a whole array, and a wrong element shows in it unless chance cancels it.
 
     A step h must be small where a ReLU is about to switch, and not so small that rounding shows. So several are tried,
     and the first that is within the tolerance counts: a wrong gradient is wrong at every h.

@@ -192,8 +192,8 @@ class MaxPool2d(Module):
 class BatchNorm2d(Module):
     """Give every channel mean 0 and variance 1, then a scale and a shift that are learned.
 
-    In a residual network the sum with the shortcut and a ReLU follow. Both can be handed to this layer, which lets a
-    fast kernel do all three in one pass over memory:
+    In a residual network a sum and a ReLU follow. Both can be handed to this layer, which lets a fast kernel do all
+    three in one pass over memory (`residual` is what the shortcut brings; papers call the other term, F(x), so):
         BatchNorm2d(C)(x)                          x_hat weight + bias
         BatchNorm2d(C, relu=True)(x)               max(x_hat weight + bias, 0)
         BatchNorm2d(C, relu=True)(x, residual)     max(x_hat weight + bias + residual, 0)
@@ -204,7 +204,7 @@ class BatchNorm2d(Module):
     Modes       training: statistics of the batch, which also move the running ones:
                     running = (1 - momentum) running + momentum batch, with the unbiased variance
                 evaluation: the running statistics, and nothing is kept
-    Args        num_features: C; eps: added to the variance; momentum: the weight of the newest batch, from 0 to 1
+    Args        num_features: C; eps: added to var; momentum: the newest batch's part (SGD's: that of the old), 0 to 1
     Raises      ValueError for sizes outside these ranges, an x of another shape or dtype, a residual that does not
                 match, and in training for a batch with a single value in each channel, which has no variance
     Source      Ioffe and Szegedy 2015; biased and unbiased variance, eps and momentum as in PyTorch
@@ -308,7 +308,7 @@ class Conv2d(Module):
     Why         The initial weights are normal with variance 2 / n, n = kernel_size^2 in_channels, which keeps the scale
                 of activations through ReLUs. An output y is the sum of n products of a weight and an input r, which are
                 independent and the weights of mean 0: Var(y) = n Var(weight) E[r^2]. And r = max(y', 0), of an output
-                y' of the layer before that is as often negative as positive: E[r^2] = Var(y') / 2. Biases are 0.
+                y' of the layer before, as often negative as positive: E[r^2] = Var(y') / 2, and Var(y) = Var(y').
     Source      LeCun et al. 1998; initialised after He et al. 2015, "Delving deep into rectifiers", eq. 10. PyTorch's
                 default has a sixth of that variance
     """

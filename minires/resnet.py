@@ -28,10 +28,10 @@ class BasicBlock(Module):
     Where the block changes the shape, the input is brought to the new one by a 1x1 convolution with BatchNorm, the
     projection of the paper's option B.
 
-    Backward    dx = dF + dout, where dout is the gradient of the sum, and dF what F's backward makes of it; with a
-                projection, what its backward makes of dout takes the place of dout
+    Backward    dx = dF + g, where g is the gradient of the sum F(x) + x, and dF what F's backward makes of it; with a
+                projection, what its backward makes of g takes the place of g
 
-    Why         x influences the loss in two ways, through F and through the shortcut, which carries dout as it is. So
+    Why         x influences the loss in two ways, through F and through the shortcut, which carries g back as it is. So
                 through any number of blocks of one shape there is a way back from the loss on which no weight scales
                 the gradient (the ReLUs between blocks only set some of it to 0), and deep networks train. Without the
                 shortcut, every block on the way multiplies the gradient by its weights.
@@ -65,7 +65,7 @@ class BasicBlock(Module):
         if self.shortcut is None:
             dout = self.bn2.backward(dout)
             return self.conv1.backward(self.bn1.backward(self.conv2.backward(dout)))
-        dout, dshortcut = self.bn2.backward(dout)
+        dout, dshortcut = self.bn2.backward(dout)  # dshortcut is g; dout from here on that of conv2's output
         dx = self.conv1.backward(self.bn1.backward(self.conv2.backward(dout)))
         return kernels_for(dx).add(dx, self.shortcut.backward(dshortcut))  # x went two ways: both gradients count
 

@@ -33,8 +33,8 @@ def forward(x, weight1, bias1, weight2, bias2):
 def backward(dlogits, x, hidden, weight1, weight2):
     """Return the gradients of weight1, bias1, weight2 and bias2: the forward's steps, last one first."""
     dhidden, dweight2, dbias2 = linear_backward(dlogits, hidden, weight2)
-    dhidden = relu_backward(dhidden, hidden)
-    _, dweight1, dbias1 = linear_backward(dhidden, x, weight1)
+    dsum = relu_backward(dhidden, hidden)  # of x @ weight1 + bias1
+    _, dweight1, dbias1 = linear_backward(dsum, x, weight1)
     return dweight1, dbias1, dweight2, dbias2
 
 

@@ -4,18 +4,18 @@ This is the page to read first. Every function is pure: it takes arrays, returns
 arguments, but for the five whose names say update, which are there to write. The examples in the docstrings are run
 by the tests.
 
-A backward is given dout, the derivative of the loss by the forward's output, and returns the derivative of the loss by
-each input, in the shape of that input. It is found the same way each time: ask through which outputs an element of
-the input influences the loss, and add up.
+The loss is one number, how wrong the network is. Its derivative by each element of x, in the shape of x, is dx, the
+gradient of x. A backward is given dout, that of the forward's output, and returns those of the inputs. It is found the
+same way each time: ask through which outputs an element of the input influences the loss, and add up.
 
-A window is the rectangle of kh kw pixels that a convolution or a pooling looks at. It slides over the image in steps of
-`stride` pixels, and each of the kh kw pixels that it shows is a tap. A convolution multiplies what the window shows by
-weights: those of one output channel are a filter. (The field also calls window and filter a kernel. Here a kernel is a
-function that computes, such as those below.)
+A window is the rectangle of kh by kw pixels that a convolution or a pooling looks at. It slides over the image, with a
+frame of `padding` zeros around it, in steps of `stride` pixels; each pixel that it shows is a tap. A convolution
+multiplies what the window shows by weights: those of one output channel are a filter. (The field calls window and
+filter a kernel, hence kernel_size. Here a kernel is a function that computes, such as those below.)
 
-Letters in shapes: N images in the batch, H and W height and width, C channels in, O channels out, kh and kw height and
-width of a window, oh and ow height and width of the output, D numbers that describe an image at the end of the network,
-K classes; M = N H W. Images are NHWC: channels last, so that all the numbers of a pixel lie side by side.
+Letters in shapes: N images at once (a batch), H and W height and width, C channels in, O channels out, kh and kw height
+and width of a window, oh and ow those of the output, D numbers that describe an image at the end of the network, K
+classes; M = N H W (a product). Images are NHWC: the channels of a pixel, at first three colours, lie side by side.
 """
 
 import math
@@ -109,7 +109,7 @@ def dropout_backward(dout, p, key, step, start=0):
 def dropout_mask(x, p, key, step, start=0):
     """Draw 0 with probability p and 1 / (1 - p) otherwise, for each element of x.
 
-    Four neighbours in memory share one counter and take one word each.
+    Four neighbours in memory share one counter, and each takes one of its four words: integers from 0 to 2**32 - 1.
     """
     xp = array_module(x)
     first, end = start // 4, -(-(start + x.size) // 4)  # counters
@@ -209,11 +209,11 @@ def softmax_cross_entropy_forward(logits, labels, label_smoothing=0.0):
 
     The scores, one for each class and of any size and sign, are called logits.
 
-    Forward     p = softmax(logits)        loss = -1 / N sum_nk target[n, k] log p[n, k]
+    Forward     p = exp(logits) / sum_k exp(logits), the softmax        loss = -1 / N sum_nk target[n, k] log p[n, k]
                 target is 1 - s + s / K for the label and s / K for each other class, s the label smoothing
 
-    Why         log p = logits - max - log sum exp(logits - max): with the largest score subtracted, exp
-                cannot overflow, and the logarithm is taken of a sum that is at least 1.
+    Why         log p = logits - max - log sum exp(logits - max), as what is taken from all scores cancels in the
+                fraction. So exp cannot overflow, and the logarithm is taken of a sum that is at least 1.
 
     Shapes      logits (N, K), labels (N,) integers  ->  loss (), probabilities (N, K)
     Source      label smoothing as in Szegedy et al. 2016, "Rethinking the Inception architecture", section 7
@@ -238,7 +238,7 @@ def softmax_cross_entropy_backward(dloss, probabilities, labels, label_smoothing
                 1. The derivative of the first term by logits[n, k] is exp(logits[n, k]) / sum exp = p[n, k], that of
                 the second is target[n, k].
 
-    Shapes      dloss a number, probabilities (N, K), labels (N,)  ->  dlogits (N, K)
+    Shapes      dloss a number, 1 for the loss itself, probabilities (N, K), labels (N,)  ->  dlogits (N, K)
 
     >>> import numpy as np
     >>> loss, probabilities = softmax_cross_entropy_forward(np.log([[1, 2, 1]]), np.array([1]))
@@ -278,7 +278,7 @@ def im2col(x, kernel_size, stride, padding):
 def col2im(columns, x_shape, kernel_size, stride, padding):
     """Add every entry of the columns to the pixel that `im2col` took it from: the backward of `im2col`.
 
-    Backward    dx[n, y, x, c] = sum of dcolumns[n, i, j, (h, w, c)] over all windows that show this pixel
+    Backward    dx of a pixel = sum of dcolumns[n, i, j, (h, w, c)] over all windows (i, j) and taps (h, w) that show it
 
     Why         im2col copies, and a value that was copied several times influences the loss once through each copy.
                 In other words, im2col is linear, a matrix of zeros and ones, and its backward is the transposed matrix,
@@ -419,7 +419,7 @@ def batch_norm_forward(x, weight, bias, mean, var, eps):
 
     Forward     x_hat = (x - mean) / sqrt(var + eps)        out = x_hat weight + bias
 
-    Args        mean, var: in training those of the batch, `batch_norm_statistics(x)`; in evaluation the running ones
+    Args        mean, var: in training the batch's, `batch_norm_statistics(x)`; after it running averages of these
 
     Shapes      x (N, H, W, C), weight, bias, mean, var (C,)  ->  out (N, H, W, C)
     """
@@ -457,8 +457,8 @@ def batch_norm_backward(dout, x, weight, mean, var, eps, dweight, dbias):
                                        = rstd ([i = j] - 1/M - x_hat[i] x_hat[j] / M)
                 The gradient that reaches x_hat[i] is g[i] = dout[i] weight. Times the derivative, summed over i:
                     dx[j] = rstd (g[j] - 1/M sum_i g[i] - x_hat[j] 1/M sum_i g[i] x_hat[i])
-                and the two sums are weight dbias and weight dweight. But for eps, dx is weight rstd dout without its
-                part along 1 and without its part along x_hat: a batch's own mean and scale do not influence the loss.
+                and the two sums are weight dbias and weight dweight. But for eps, the sums of dx and of dx x_hat are 0:
+                a batch's own mean and scale do not influence the loss.
 
     Args        dweight, dbias: what `batch_norm_backward_sums` gives. Where several processes share a batch, and mean
                 and var are those of all its rows: the sums over all rows, times the share of the rows that x holds
@@ -488,9 +488,9 @@ def rsqrt(var, eps):
 
 
 def update_running_statistics(running_mean, running_var, mean, var, momentum, M):
-    """Move the running statistics towards those of a batch of M rows; writes to the running ones.
+    """Take the part `momentum` of a batch's statistics into the running ones, for use after training; writes to these.
 
-    Update      running = (1 - momentum) running + momentum batch, where the batch's variance is made unbiased
+    Update      running = (1 - momentum) running + momentum batch, with the unbiased variance, var M / (M - 1)
     """
     for running, batch in ((running_mean, mean), (running_var, var * (M / (M - 1)))):
         running *= 1 - momentum
@@ -507,11 +507,11 @@ def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_d
                 gradients agree and add up, to 1 / (1 - momentum) times one of them; across it they change sign from
                 step to step and cancel.
                 Nesterov takes the gradient not at w, but where momentum is about to carry it, p = w - lr momentum v:
-                    v' = momentum v + g(p)        w' = w - lr v'
-                Stored is p, where the gradients are. It moves to
+                    v' = momentum v + g(p)        w' = w - lr v'        (v: the velocity; v', w', p': after the step)
+                Stored is p, where the gradients are. As v' - momentum v = g, it moves to
                     p' = w' - lr momentum v' = (p + lr momentum v) - lr v' - lr momentum v' = p - lr (g + momentum v')
 
-    Args        grad_scale: takes back the factor that a loss in 16 bits is given to keep small gradients above 0
+    Args        lr: the learning rate; grad_scale: undoes the factor that keeps gradients of 16 bits from becoming 0
     Shapes      param, grad and velocity of one shape; velocity starts at 0, and is None without momentum
     Source      Sutskever et al. 2013, "On the importance of initialization and momentum", in PyTorch's form, in which
                 lr scales the velocity when it is used, not when it is built up
@@ -528,7 +528,7 @@ def sgd_update(param, grad, velocity, lr, momentum=0.0, nesterov=False, weight_d
 
 
 def muon_update(weights, grads, velocities, lr, momentum=0.6, grad_scale=1.0):
-    """Turn filters by an orthogonal matrix each, and keep their norms; writes to weights and velocities.
+    """Move filters by lr times an orthogonal matrix, and hold the norm of each array; writes to weights and velocities.
 
     Update      velocity = momentum velocity + grad_scale grad        g = grad_scale grad + momentum velocity
                 weight = weight sqrt(O) / |weight| - lr `orthogonalize`(g)
@@ -557,7 +557,7 @@ def muon_update(weights, grads, velocities, lr, momentum=0.6, grad_scale=1.0):
 
 
 def orthogonalize(matrix, steps=3):
-    """Return about U V.T for a matrix U S V.T (singular values S): the nearest one with singular values of 1.
+    """Return about U V.T for a matrix U S V.T: a turn V.T, a stretch S (its singular values, here made 1), a turn U.
 
     Forward     X = matrix / |matrix|, then `steps` times X = a X + b X (X.T X) + c X (X.T X)^2
 
@@ -659,7 +659,7 @@ def add(a, b):
 
 
 def add_and_relu(out, residual, relu):
-    """What follows a normalisation in a residual network: the sum with the residual, then ReLU, each if asked for.
+    """What follows a normalisation in a residual network: the sum with `residual`, what the shortcut brings, then ReLU.
 
     With the three functions below it stands here for speed alone: the mathematics is all above.
     A fast kernel does in one pass over memory what these compose.
