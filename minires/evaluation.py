@@ -94,7 +94,7 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
                 before each batch; what it raises leaves the rest undone
     """
     batch_size = checked_batch_size(images, batch_size)
-    arrays = (value.data for _, value in model.named_state())
+    arrays = [value.data for value in (*model.parameters(), *(buffer for _, buffer in model.named_state()))]
     weight = next((array for array in arrays if array.dtype.kind == "f"), np.zeros(0, np.float32))
     device = "cpu" if array_module(weight) is np else "gpu"
     logits = []

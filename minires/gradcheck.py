@@ -60,7 +60,7 @@ def check_gradients(layer, x, *args, tolerance=1e-6, steps=(1e-6, 1e-7, 1e-8), s
         layer.train().to(device, dtype)
         for parameter in layer.parameters():
             parameter.grad[...] = 0
-    x = np.array(to_numpy(x) if hasattr(x, "shape") else x, dtype=dtype)  # images may be on a GPU
+    x = np.array(to_numpy(x) if hasattr(x, "__array_function__") else x, dtype=dtype)  # images may be on a GPU
     if not x.size:
         raise ValueError(f"check_gradients: x must hold numbers, got {x.shape}: there would be nothing to check")
     if not np.isfinite(x).all():

@@ -38,7 +38,7 @@ class SoftmaxCrossEntropy:
 
     def forward(self, logits, labels):
         check_array("SoftmaxCrossEntropy", logits)
-        if not hasattr(labels, "shape"):
+        if not hasattr(labels, "__array_function__"):
             raise ValueError(f"SoftmaxCrossEntropy expects labels as an array (N,), got {type(labels).__name__}")
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise ValueError(

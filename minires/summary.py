@@ -84,7 +84,7 @@ def output_shapes(model, input_shape):
         return recorded
 
     attributes = [(module, dict(vars(module))) for module in model.modules()]
-    arrays = (value.data for _, value in model.named_state())
+    arrays = [value.data for value in (*model.parameters(), *(buffer for _, buffer in model.named_state()))]
     weight = next((array for array in arrays if array.dtype.kind == "f"), np.zeros(0, np.float32))
     try:
         for module, _ in attributes:

@@ -210,7 +210,7 @@ def test_an_exercise_that_ends_the_process_without_an_error_is_wrong(mine):
     code, out, err = run("check", mine, "relu_forward", "linear_forward")
     assert (code, err) == (1, "")
     assert "ended with code 0 in the middle of it" in out
-    assert "0 right, 1 wrong, 1 to do" in out
+    assert out.splitlines()[-1] == "1 wrong, 1 to do"
 
 
 @pytest.mark.slow

@@ -309,7 +309,7 @@ def test_the_lesson_on_convolution_counts_the_filters_that_are_left():
     filters = np.abs(model.conv1.weight.data).reshape(-1, 64).max(axis=0)
     gone = filters < 1e-6
     assert (np.abs(model.bn1.weight.data[gone]) < 1e-6).all()
-    assert f"brought {gone.sum()} of them to 0" in text_of("3_convolution.md")
+    assert f"brought {gone.sum()} filters to 0" in text_of("3_convolution.md")
     assert f"The {(~gone).sum()} that are left" in text_of("3_convolution.md")
 
 

@@ -96,7 +96,8 @@ COURSE = (
             "What is kept has to be scaled, so that the mean of the mask is 1. It is kept with probability 1 - p.",
             "Draw a number from 0 to 1 for each element, by np.random.default_rng([key, step]).random(x.shape): it is "
             "at least p with probability 1 - p. (random_words draws the same on a GPU; the reference takes that.) "
-            "The mask has the dtype of x. start is for several processes that share a batch: you may leave it out.",
+            "The mask has the dtype of x. start is for several processes that share a batch: "
+            "leave it in the head, and you need not use it.",
         ),
     ),
     Exercise(
