@@ -312,8 +312,8 @@ class Run:
     def finish(self, result):
         """Write result.json, with what is known of the weights that were kept and the seconds; return it all.
 
-        Where the loop over epochs was left early, the epoch in which it was left is the last, and is ended first: put no
-        other weights into the model before that.
+        Where the loop over epochs was left early, the epoch in which it was left is the last, and is ended first: put
+        no other weights into the model before that.
 
         Raises      RuntimeError where the loop over that epoch's steps was left before its end
         """
