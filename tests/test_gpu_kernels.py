@@ -371,10 +371,10 @@ def test_a_sum_of_halves_and_floats_is_one_of_halves(xp, rng):
     np.testing.assert_allclose(xp.asnumpy(gpu.add(xp.asarray(a), xp.asarray(b))), a + b, atol=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_what_indices_of_32_bits_cannot_count_goes_another_way(dtype, monkeypatch):
+@pytest.mark.parametrize("precision", ["tf32", "float16"], indirect=True)
+def test_what_indices_of_32_bits_cannot_count_goes_another_way(precision, monkeypatch):
     """The weight gradient of 16 channels and 3x3 taps takes columns of 160 numbers, more than there are in x."""
-    x = np.zeros((2, 6, 6, 16), dtype)
+    x = np.zeros((2, 6, 6, 16), "float16" if precision == "float16" else "float32")
     assert gpu.is_implicit(x, (3, 3, 16, 64), (2, 6, 6, 64))
     monkeypatch.setattr(gpu, "INDEX_LIMIT", 2 * 6 * 6 * 160)
     assert not gpu.is_implicit(x, (3, 3, 16, 64), (2, 6, 6, 64))
