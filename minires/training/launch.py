@@ -23,7 +23,8 @@ LAUNCHERS = (  # how many processes there are and which one this is: by Open MPI
     ("PMI_SIZE", "PMI_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
-GRACE = 2.0  # seconds in which all have come to an end as well, or one ends the others
+GRACE = 1.5  # seconds in which all have come to an end as well, or one ends the others
+PASSED_ON = 0.5  # seconds in which a launcher passes on what was printed: MPICH's throws away the rest in an Abort
 
 
 def processes(distributed=False):
@@ -86,7 +87,8 @@ def _world(mpi):
 
 
 def end_world(ranks, code):
-    """End all processes. Abort may come back before the launcher does it, which has lines to pass on first."""
+    """End all processes, once the launcher has passed on their last lines. Abort may come back before it is done."""
+    time.sleep(PASSED_ON)
     ranks.world.Abort(code)
     time.sleep(GRACE)
     os._exit(code)
