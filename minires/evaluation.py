@@ -9,7 +9,7 @@ from minires.augment import normalize
 from minires.backend import array_module, to_device, to_numpy
 from minires.layers import BatchNorm2d
 from minires.loss import SoftmaxCrossEntropy
-from minires.module import check_array
+from minires.module import check_array, real_array_of
 
 
 def measure_statistics(model, batches):
@@ -94,8 +94,7 @@ def predict_logits(model, images, mean, std, batch_size=200, tta=False, stop=lam
                 before each batch; what it raises leaves the rest undone
     """
     batch_size = checked_batch_size(images, batch_size)
-    arrays = [value.data for value in (*model.parameters(), *(buffer for _, buffer in model.named_state()))]
-    weight = next((array for array in arrays if array.dtype.kind == "f"), np.zeros(0, np.float32))
+    weight = real_array_of(model)
     device = "cpu" if array_module(weight) is np else "gpu"
     logits = []
     with evaluation_mode(model):

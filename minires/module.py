@@ -52,6 +52,14 @@ class Parameter(Buffer):
         self.grad = move(self.grad, device, dtype)
 
 
+def real_array_of(model):
+    """Return an array of the device and dtype that a model's input should have: its first parameter, or else its first
+    buffer of real numbers, as a folded network has no parameters; an empty float32 one if there is neither.
+    """
+    arrays = [value.data for value in (*model.parameters(), *(buffer for _, buffer in model.named_state()))]
+    return next((array for array in arrays if array.dtype.kind == "f"), np.zeros(0, np.float32))
+
+
 def move(x, device, dtype):
     """Return x on the device and in the dtype; None leaves either as it is.
 

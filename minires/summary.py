@@ -5,10 +5,8 @@ Source      torchsummary, for the columns, the order and the arithmetic of the s
 
 import math
 
-import numpy as np
-
 from minires.backend import array_module
-from minires.module import Parameter, Sequential
+from minires.module import Parameter, Sequential, real_array_of
 
 MEGABYTE = 2**20
 LINE = "-" * 64
@@ -84,8 +82,7 @@ def output_shapes(model, input_shape):
         return recorded
 
     attributes = [(module, dict(vars(module))) for module in model.modules()]
-    arrays = [value.data for value in (*model.parameters(), *(buffer for _, buffer in model.named_state()))]
-    weight = next((array for array in arrays if array.dtype.kind == "f"), np.zeros(0, np.float32))
+    weight = real_array_of(model)
     try:
         for module, _ in attributes:
             module.training = False
